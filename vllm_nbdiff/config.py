@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from vllm_nbdiff.request import RequestOptions, check_option
+from vllm_nbdiff.request import RequestOptions, check_mode, check_option
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -153,7 +153,9 @@ def _request_defaults(
     try:
         for name, value in values.items():
             check_option(name, value, block_length)
-        return RequestOptions(**{"block_length": block_length, **values}).resolved()
+        options = RequestOptions(**{"block_length": block_length, **values}).resolved()
+        check_mode(options.mode, vllm_config.parallel_config.tensor_parallel_size)
+        return options
     except ValueError as error:
         raise ValueError(f"server-wide nbdiff defaults: {error}") from None
 

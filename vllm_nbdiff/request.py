@@ -128,6 +128,15 @@ def check_option(name: str, value: Any, max_block_length: int) -> None:
             raise ValueError(f"{key} must be an integer of at least 1{top}, got {value!r}")
 
 
+def check_mode(mode: str, tensor_parallel_size: int) -> None:
+    """Raise ValueError for a mode that tensor parallelism rules out.
+
+    What `auto` measures differs from rank to rank, and so would their choices.
+    """
+    if mode == "auto" and tensor_parallel_size > 1:
+        raise ValueError("nbdiff_mode=auto measures time and needs --tensor-parallel-size 1")
+
+
 def parse_options(
     extra_args: dict[str, Any] | None, config: BlockDiffusionConfig
 ) -> RequestOptions:
@@ -147,8 +156,7 @@ def parse_options(
     for key, name in OPTION_KEYS.items():
         if name in values and name in INAPPLICABLE[mode]:
             raise ValueError(f"{key} does not apply to nbdiff_mode={mode}")
-    if mode == "auto" and config.tensor_parallel_size > 1:
-        raise ValueError("nbdiff_mode=auto measures time and needs --tensor-parallel-size 1")
+    check_mode(mode, config.tensor_parallel_size)
     return replace(_unresolved(config, values), **values).resolved()
 
 

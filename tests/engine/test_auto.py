@@ -40,10 +40,10 @@ def test_free_rows_draft_as_much_as_is_right(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_dear_rows_decode_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = chooser(1e-3, monkeypatch)
+    """With many requests; with few, where rows hardly cost, the same engine drafts again."""
+    chosen = chooser(1e-4, monkeypatch)
     assert most_common(serve(chosen, 0.9, 64)) == 1
-    # It keeps trying, and comes back when there is little to do.
-    assert most_common(serve(chosen, 0.95, 1)) > 1 or chosen.speed(1, 1) > chosen.speed(8, 8)
+    assert most_common(serve(chosen, 0.95, 1)) > 1
 
 
 def test_wrong_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
