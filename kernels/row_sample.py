@@ -28,7 +28,8 @@ from .logits import (
     load_logits,
     log_probabilities_reference,
 )
-from .philox import keyed_uniform, keyed_uniform_reference
+from .splitmix import keyed_uniform
+from .uniform import uniform
 from .validation import as_bytes, require, require_tensor
 
 TILE = 4096  # logits per step of a program: one long row's part, or several short rows
@@ -174,10 +175,10 @@ def _row_sample_kernel(  # type: ignore[no-untyped-def]
         )
         kept += tl.sum(weights, axis=1)
 
-    uniform = keyed_uniform(
+    draw = keyed_uniform(
         tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(step_ptr + row)
     )
-    target = tl.where(greedy, 0.0, uniform) * kept
+    target = tl.where(greedy, 0.0, draw) * kept
     # The tile in which the CDF passes the target or, if rounding hides it, the last one with mass.
     reached = tl.zeros([BLOCK_R], tl.float64)
     before = tl.zeros([BLOCK_R], tl.float64)
@@ -301,8 +302,8 @@ def row_sample_reference(
     shape = {"temperature": temperature, "bias": bias}
     p = filtered_probabilities_reference(logits, **shape, **filters)
     cdf = p.cumsum(dim=-1)
-    uniform = keyed_uniform_reference(seed, position, step)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    draw = uniform(seed, position, step)
+    token = torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:], right=True)[:, 0]
     if temperature is not None:
         unfiltered = log_probabilities_reference(logits, temperature, bias).exp()
         greedy = temperature < GREEDY_BELOW.value

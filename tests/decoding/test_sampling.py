@@ -4,8 +4,8 @@
 import pytest
 import torch
 from scipy.stats import chisquare
+from vllm_nbdiff.kernels.uniform import uniform
 
-from vllm_nbdiff.decoding.random import uniform
 from vllm_nbdiff.decoding.rules import CONFIDENCE, ENTROPY, MARGIN
 from vllm_nbdiff.decoding.sampling import RowParams, sample, sample_greedy
 

@@ -9,8 +9,8 @@ from scipy.stats import chisquare
 from torch import Tensor
 from vllm_nbdiff.kernels import row_sample as module
 from vllm_nbdiff.kernels.logit_filter import filtered_probabilities_reference
-from vllm_nbdiff.kernels.philox import keyed_uniform_reference
 from vllm_nbdiff.kernels.row_sample import TILE, row_sample, row_sample_reference
+from vllm_nbdiff.kernels.uniform import uniform
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = torch.finfo(torch.float32).eps
@@ -51,10 +51,10 @@ def assert_draws_match(logits: Tensor, **options: Any) -> None:
     same = ours.token == exact.token
     assert ((ours.probability - exact.probability).abs() <= tolerance)[same].all()
     p = filtered_probabilities_reference(logits, **options)
-    uniform = keyed_uniform_reference(**drawn)
+    draws = uniform(**drawn)
     for row in (~same).nonzero()[:, 0].tolist():
         step = p[row].cumsum(dim=0)[min(ours.token[row], exact.token[row])]
-        assert abs(step - uniform[row]) <= tolerance[row]
+        assert abs(step - draws[row]) <= tolerance[row]
     assert same.double().mean() > 0.99
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_nbdiff.decoding.random import uniform
 from vllm_nbdiff.decoding.sampling import RowParams, sample, sample_greedy
 from vllm_nbdiff.engine.canvas import CanvasState
 from vllm_nbdiff.engine.constraints import bad_word_spans
 from vllm_nbdiff.engine.plan import FILL, Batch, Plan
+from vllm_nbdiff.kernels.uniform import uniform
 
 
 @dataclass

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Uniform random numbers keyed by (seed, position, step), without state.
+"""Uniform random numbers keyed by (seed, position, step), without state: a chain of splitmix64.
 
 A draw depends on nothing else, so a seeded request gives the same tokens alone, in any batch,
-after preemption and on every tensor-parallel rank.
+after preemption and on every tensor-parallel rank. Plain PyTorch, importable without triton;
+`splitmix.py` is the same for kernels.
 """
 
 from __future__ import annotations
