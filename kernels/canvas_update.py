@@ -28,6 +28,8 @@ class SelectionRule(IntEnum):
     """The longest run of n with (n + 1)(1 - min p) < parameter (Fast-dLLM, theorem 1)."""
     ENTROPY_BOUND = 2
     """The longest run with sum H - max H <= parameter, nats (EB-Sampler, arXiv 2505.24857)."""
+    ENTROPY_THRESHOLD = 3
+    """Every one with H <= parameter, nats (dParallel, arXiv 2509.26488)."""
 
 
 class CanvasUpdate(NamedTuple):
@@ -35,6 +37,8 @@ class CanvasUpdate(NamedTuple):
 
     accepted: Tensor
     """[N, L] bool: positions that took their token in this call."""
+    num_filled: Tensor
+    """[N] int32: of them, positions whose token is not the mask."""
     num_masked: Tensor
     """[N] int32: masks left in the canvas."""
     finished: Tensor
@@ -46,11 +50,13 @@ class CanvasUpdate(NamedTuple):
 # Triton wants the globals of a kernel wrapped.
 _FACTOR = tl.constexpr(SelectionRule.FACTOR.value)
 _ENTROPY_BOUND = tl.constexpr(SelectionRule.ENTROPY_BOUND.value)
+_ENTROPY_THRESHOLD = tl.constexpr(SelectionRule.ENTROPY_THRESHOLD.value)
 
 
 @triton.jit(do_not_specialize=["mask_token_id", "num_eos"])
 def _canvas_update_kernel(  # type: ignore[no-untyped-def]
     accepted_ptr,
+    num_filled_ptr,
     num_masked_ptr,
     finished_ptr,
     ended_ptr,
@@ -63,6 +69,8 @@ def _canvas_update_kernel(  # type: ignore[no-untyped-def]
     parameter_ptr,
     sub_block_length_ptr,
     active_ptr,
+    slot_ptr,
+    quota_ptr,
     eos_ptr,
     mask_token_id,
     num_eos,
@@ -75,26 +83,41 @@ def _canvas_update_kernel(  # type: ignore[no-untyped-def]
     BLOCK_L: tl.constexpr,
     BLOCK_EOS: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
+    HAS_SLOT: tl.constexpr,
+    HAS_QUOTA: tl.constexpr,
+    COMPACT: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
+    slot = request
+    if HAS_SLOT:
+        slot = tl.load(slot_ptr + request)
     i = tl.arange(0, BLOCK_L)
     valid = i < length
-    canvas_row = canvas_ptr + request * stride_canvas
+    canvas_row = canvas_ptr + slot * stride_canvas
     canvas = tl.load(canvas_row + i, mask=valid, other=0)
     masked = valid & (canvas == mask_token_id)
 
-    # Candidates: the masks of the leftmost sub-block that has any.
-    sub_block_length = tl.load(sub_block_length_ptr + request)
+    # Candidates: the masks up to the end of the sub-block that holds the quota-th of them.
+    sub_block_length = tl.load(sub_block_length_ptr + slot)
+    quota = 1
+    if HAS_QUOTA:
+        quota = tl.load(quota_ptr + request)
     first = tl.min(tl.where(masked, i, length), axis=0)
-    end = (first // sub_block_length + 1) * sub_block_length
+    count = tl.cumsum(masked.to(tl.int32), axis=0)
+    wanted = tl.minimum(quota, tl.max(count, axis=0))
+    last = tl.sum(((count < wanted) & valid).to(tl.int32), axis=0)
+    end = (last // sub_block_length + 1) * sub_block_length
     if HAS_ACTIVE:
         end = tl.where(tl.load(active_ptr + request) != 0, end, 0)
     candidate = masked & (i < end)
 
+    column = i
+    if COMPACT:
+        column = i - first
     p_row = probability_ptr + request * stride_probability
-    p = tl.load(p_row + i, mask=candidate, other=0.0)
-    score = tl.load(score_ptr + request * stride_score + i, mask=candidate, other=0.0)
-    entropy = tl.load(entropy_ptr + request * stride_entropy + i, mask=candidate, other=0.0)
+    p = tl.load(p_row + column, mask=candidate, other=0.0)
+    score = tl.load(score_ptr + request * stride_score + column, mask=candidate, other=0.0)
+    entropy = tl.load(entropy_ptr + request * stride_entropy + column, mask=candidate, other=0.0)
 
     # before[i, j]: candidate j precedes i in falling score, the leftmost of equals first.
     mine = score[:, None]
@@ -104,18 +127,22 @@ def _canvas_update_kernel(  # type: ignore[no-untyped-def]
     rank = tl.sum(before.to(tl.int32), axis=1)
     run = before | (i[None, :] == i[:, None])  # the candidates up to and with i
 
-    rule = tl.load(rule_ptr + request)
-    parameter = tl.load(parameter_ptr + request)
+    rule = tl.load(rule_ptr + slot)
+    parameter = tl.load(parameter_ptr + slot)
     lowest_p = tl.min(tl.where(run, p[None, :], 1.0), axis=1)
     run_entropy = tl.sum(tl.where(run, entropy[None, :], 0.0), axis=1)
     top_entropy = tl.max(tl.where(run, entropy[None, :], -float("inf")), axis=1)
     passes = p > parameter
     passes = tl.where(rule == _FACTOR, (rank + 2) * (1.0 - lowest_p) < parameter, passes)
     passes = tl.where(rule == _ENTROPY_BOUND, run_entropy - top_entropy <= parameter, passes)
-    accepted = candidate & (passes | (rank == 0))
+    passes = tl.where(rule == _ENTROPY_THRESHOLD, entropy <= parameter, passes)
+    accepted = candidate & (passes | (rank < quota))
 
-    token = tl.load(token_ptr + request * stride_token + i, mask=accepted, other=0)
+    token = tl.load(token_ptr + request * stride_token + column, mask=accepted, other=0)
+    token = token.to(canvas.dtype)
     canvas = tl.where(accepted, token, canvas)
+    filled = accepted & (token != mask_token_id)
+    tl.store(num_filled_ptr + request, tl.sum(filled.to(tl.int32), axis=0))
     tl.store(canvas_row + i, canvas, mask=accepted)
     tl.store(accepted_ptr + request * length + i, accepted, mask=valid)
 
@@ -137,28 +164,37 @@ def _validate(
     parameter: Tensor,
     sub_block_length: Tensor,
     eos_token_ids: Tensor,
-    active: Tensor | None,
+    optional: dict[str, Tensor | None],
+    compact: bool,
     check_values: bool | None,
 ) -> None:
     device = canvas.device
     int32, float32 = (torch.int32,), (torch.float32,)
-    require_tensor("canvas", canvas, (None, None), int32, device)
-    num_requests, length = canvas.shape
+    require_tensor("canvas", canvas, (None, None), (torch.int32, torch.int64), device)
+    num_slots, length = canvas.shape
+    slot = optional["slot"]
+    num_requests = num_slots if slot is None else slot.numel()
     fits = 1 <= length <= MAX_CANVAS_LENGTH
     require(fits, "canvas", f"length {length} outside [1, {MAX_CANVAS_LENGTH}]")
+    columns = per_position["token"].shape[-1] if compact else length
     for name, tensor in per_position.items():
         dtype = int32 if name == "token" else float32
-        require_tensor(name, tensor, (num_requests, length), dtype, device)
-    require_tensor("rule", rule, (num_requests,), int32, device)
-    require_tensor("parameter", parameter, (num_requests,), float32, device)
-    require_tensor("sub_block_length", sub_block_length, (num_requests,), int32, device)
+        require_tensor(name, tensor, (num_requests, columns), dtype, device)
+    require_tensor("rule", rule, (num_slots,), int32, device)
+    require_tensor("parameter", parameter, (num_slots,), float32, device)
+    require_tensor("sub_block_length", sub_block_length, (num_slots,), int32, device)
     require_tensor("eos_token_ids", eos_token_ids, (None,), int32, device)
-    if active is not None:
-        require_tensor("active", active, (num_requests,), (torch.int32, torch.bool), device)
+    dtypes = {"active": (torch.int32, torch.bool), "slot": (torch.int64,), "quota": int32}
+    for name, value in optional.items():
+        if value is not None:
+            require_tensor(name, value, (num_requests,), dtypes[name], device)
     if values_are_checked(check_values, device):
         known = torch.tensor(list(SelectionRule), device=device)
         require(bool(torch.isin(rule, known).all()), "rule", "not a SelectionRule")
         require(bool((sub_block_length > 0).all()), "sub_block_length", "must be positive")
+        if slot is not None:
+            inside = bool(((slot >= 0) & (slot < num_slots)).all())
+            require(inside, "slot", f"outside [0, {num_slots})")
 
 
 def canvas_update(
@@ -174,15 +210,19 @@ def canvas_update(
     parameter: Tensor,
     sub_block_length: Tensor,
     active: Tensor | None = None,
+    slot: Tensor | None = None,
+    quota: Tensor | None = None,
+    compact: bool = False,
     check_values: bool | None = None,
 ) -> CanvasUpdate:
     """Fill masked positions of each canvas's leftmost unfinished sub-block, in place.
 
-    The candidate of the highest score (the leftmost of equals) is always filled, others as the
-    request's rule says. A position filled with the mask token stays masked.
+    The candidates of the highest scores (the leftmost of equals), `quota` of them, are always
+    filled, others as the request's rule says. A quota larger than what the sub-block has left
+    takes in the following ones. A position filled with the mask token stays masked.
 
     Args:
-        canvas: [N, L] int32, L at most 256; the only argument written.
+        canvas: [N, L] int32 or int64, L at most 256; the only argument written.
         token: [N, L] int32, proposed for each position. Read, like the next three, at the
             candidates only.
         probability, score, entropy: [N, L] fp32: of the proposed token; what candidates are ordered
@@ -192,19 +232,34 @@ def canvas_update(
         rule: [N] int32 of `SelectionRule`; parameter: [N] fp32, the rule's.
         sub_block_length: [N] int32, positions per sub-block.
         active: [N] int32 or bool; a canvas of 0 is left as it is. None: all are active.
-        check_values: read rule and sub_block_length back and check them (a device
+        slot: [B] int64: the N of this call are B requests whose canvas and options are those rows
+            of `canvas`, `rule`, `parameter` and `sub_block_length`. None: all rows in order.
+        quota: [N] int32, at least 1. None: 1.
+        compact: `token` and the next three have the columns from the first masked one on, as
+            many as are candidates, instead of all L.
+        check_values: read rule, sub_block_length and slot back and check them (a device
             synchronisation); None checks on CPU only.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
     """
     positions = {"token": token, "probability": probability, "score": score, "entropy": entropy}
+    optional = {"active": active, "slot": slot, "quota": quota}
     _validate(
-        canvas, positions, rule, parameter, sub_block_length, eos_token_ids, active, check_values
+        canvas,
+        positions,
+        rule,
+        parameter,
+        sub_block_length,
+        eos_token_ids,
+        optional,
+        compact,
+        check_values,
     )
-    num_requests, length = canvas.shape
+    num_requests, length = len(token), canvas.shape[1]
     result = CanvasUpdate(
         torch.empty((num_requests, length), dtype=torch.bool, device=canvas.device),
+        torch.empty(num_requests, dtype=torch.int32, device=canvas.device),
         torch.empty(num_requests, dtype=torch.int32, device=canvas.device),
         torch.empty(num_requests, dtype=torch.bool, device=canvas.device),
         torch.empty(num_requests, dtype=torch.bool, device=canvas.device),
@@ -220,6 +275,8 @@ def canvas_update(
         parameter,
         sub_block_length,
         rule if active is None else as_bytes(active),
+        rule if slot is None else slot,
+        rule if quota is None else quota,
         eos_token_ids,
         mask_token_id,
         eos_token_ids.shape[0],
@@ -229,6 +286,9 @@ def canvas_update(
         BLOCK_L=block_l,
         BLOCK_EOS=max(1, triton.next_power_of_2(eos_token_ids.shape[0])),
         HAS_ACTIVE=active is not None,
+        HAS_SLOT=slot is not None,
+        HAS_QUOTA=quota is not None,
+        COMPACT=compact,
         num_warps=min(8, max(1, block_l * block_l // 1024)),
     )
     return result
@@ -259,28 +319,38 @@ def canvas_update_reference(
     parameter: Tensor,
     sub_block_length: Tensor,
     active: Tensor | None = None,
+    slot: Tensor | None = None,
+    quota: Tensor | None = None,
+    compact: bool = False,
 ) -> CanvasUpdate:
     """Plain PyTorch and Python `canvas_update`, one request at a time by sorting."""
-    accepted = torch.zeros_like(canvas, dtype=torch.bool)
-    for request, row in enumerate(canvas):
+    slots = torch.arange(len(canvas)) if slot is None else slot
+    accepted = torch.zeros(len(slots), canvas.shape[1], dtype=torch.bool)
+    num_filled = torch.zeros(len(slots), dtype=torch.int32)
+    for request, row_index in enumerate(slots.tolist()):
+        row = canvas[row_index]
         masked = (row == mask_token_id).nonzero()[:, 0]
         if len(masked) == 0 or (active is not None and not active[request]):
             continue
-        size = int(sub_block_length[request])
-        candidates = masked[masked < (int(masked[0]) // size + 1) * size]
-        order = candidates[score[request, candidates].argsort(descending=True, stable=True)]
-        p, limit = probability[request, order], float(parameter[request])
-        if rule[request] == SelectionRule.THRESHOLD:
-            taken = torch.cat([order[:1], order[p > limit]])
+        least = 1 if quota is None else min(int(quota[request]), len(masked))
+        size = int(sub_block_length[row_index])
+        candidates = masked[masked < (int(masked[least - 1]) // size + 1) * size]
+        given = candidates - masked[0] if compact else candidates
+        rank = score[request, given].argsort(descending=True, stable=True)
+        p, h = probability[request, given[rank]], entropy[request, given[rank]]
+        limit, kind = float(parameter[row_index]), int(rule[row_index])
+        if kind in (SelectionRule.FACTOR, SelectionRule.ENTROPY_BOUND):
+            takes = torch.arange(len(rank)) < _run_length(kind, limit, p.tolist(), h.tolist())
         else:
-            run = _run_length(
-                int(rule[request]), limit, p.tolist(), entropy[request, order].tolist()
-            )
-            taken = order[:run]
-        accepted[request, taken] = True
-        row[taken] = token[request, taken]
-    still_masked = canvas == mask_token_id
+            takes = p > limit if kind == SelectionRule.THRESHOLD else h <= limit
+        takes[:least] = True
+        taken = rank[takes]
+        accepted[request, candidates[taken]] = True
+        row[candidates[taken]] = token[request, given[taken]].to(row.dtype)
+        num_filled[request] = (row[candidates[taken]] != mask_token_id).sum()
+    canvases = canvas[slots]
+    still_masked = canvases == mask_token_id
     mask_before = still_masked.cumsum(dim=1) > 0
-    ended = (torch.isin(canvas, eos_token_ids) & ~mask_before).any(dim=1)
+    ended = (torch.isin(canvases, eos_token_ids) & ~mask_before).any(dim=1)
     num_masked = still_masked.sum(dim=1).int()
-    return CanvasUpdate(accepted, num_masked, num_masked == 0, ended)
+    return CanvasUpdate(accepted, num_filled, num_masked, num_masked == 0, ended)

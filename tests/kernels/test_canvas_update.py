@@ -30,7 +30,7 @@ def random_batch(num_requests: int, length: int, sub_block_length: int) -> dict[
         "probability": p,
         "score": (p * 4).round(),
         "entropy": (torch.rand(num_requests, length) * 16).round() / 16,
-        "rule": torch.randint(0, 3, (num_requests,), dtype=torch.int32),
+        "rule": torch.randint(0, len(SelectionRule), (num_requests,), dtype=torch.int32),
         "parameter": torch.rand(num_requests) * 1.5,
         "sub_block_length": torch.full((num_requests,), sub_block_length, dtype=torch.int32),
     }
@@ -63,6 +63,34 @@ def test_inactive_canvases_are_left_alone() -> None:
     after, result = update_both(batch)
     assert torch.equal(after[1::2], before[1::2])
     assert not result.accepted[1::2].any() and result.accepted[::2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_quota_reaches_into_the_following_sub_blocks(dtype: torch.dtype) -> None:
+    batch = random_batch(60, 24, 4)
+    batch["canvas"] = batch["canvas"].to(dtype)
+    before = batch["canvas"] == MASK
+    batch["quota"] = torch.randint(1, 12, (60,), dtype=torch.int32)
+    _, result = update_both(batch)
+    expected = torch.minimum(batch["quota"], before.sum(1))
+    assert (result.accepted.sum(1) >= expected).all()
+    assert (result.accepted.sum(1) > 4).any()
+
+
+def test_slots_and_compact_columns() -> None:
+    """The same decisions when requests name their canvas and give only candidate columns."""
+    batch = random_batch(30, 16, 4)
+    slot = torch.randperm(30)[:11]
+    masked = batch["canvas"][slot] == MASK
+    first = masked.int().argmax(1)
+    column = (first[:, None] + torch.arange(4)).clamp(max=15)
+    for name in ("token", "probability", "score", "entropy"):
+        batch[name] = batch[name][slot]
+    whole = {**batch, "canvas": batch["canvas"].clone(), "slot": slot}
+    for name in ("token", "probability", "score", "entropy"):
+        batch[name] = batch[name].gather(1, column)
+    canvas, _ = update_both({**batch, "slot": slot, "compact": True})
+    assert torch.equal(canvas, update_both(whole)[0])
 
 
 def test_rows_may_be_strided() -> None:
@@ -121,6 +149,7 @@ def test_the_best_is_filled_however_unlikely() -> None:
         SelectionRule.THRESHOLD: 1.0,
         SelectionRule.FACTOR: 0.0,
         SelectionRule.ENTROPY_BOUND: 0.0,
+        SelectionRule.ENTROPY_THRESHOLD: 0.0,
     }
     for rule, parameter in strictest.items():
         entropy = [0.0, 4.0, 3.0, 4.0]
@@ -146,6 +175,15 @@ def test_entropy_bound_leaves_the_largest_entropy_out_of_the_sum() -> None:
     assert row == [0, 1, 2, M]
 
 
+def test_entropy_threshold_takes_the_bound_itself() -> None:
+    entropy = [0.25, 0.5, 0.25, 4.0]
+    row, result = decide(
+        [M] * 4, [0.9, 0.8, 0.7, 0.1], SelectionRule.ENTROPY_THRESHOLD, 0.25, 4, entropy
+    )
+    assert row == [0, M, 2, M]
+    assert result.num_filled.item() == 2
+
+
 def test_ended_needs_an_eos_with_no_mask_before_it() -> None:
     for canvas, ended in (
         ([7, EOS, M, M], True),
@@ -165,10 +203,12 @@ def test_wrong_arguments_are_named() -> None:
         "probability": good["probability"].half(),
         "score": good["score"][:3],
         "entropy": good["entropy"][:, :7],
-        "rule": good["rule"] + 3,
+        "rule": good["rule"] + 4,
         "parameter": good["parameter"].double(),
         "sub_block_length": good["sub_block_length"] - 4,
         "active": torch.ones(3, dtype=torch.int32),
+        "slot": torch.tensor([0, 1, 2, 4]),
+        "quota": torch.ones(4),
         "eos_token_ids": EOS_IDS.long(),
     }
     for argument, wrong in bad.items():
