@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MODES = ("diffusion", "verify", "ar", "auto")
 DEFAULT_SUB_BLOCK_LENGTH = 8
 DEFAULT_DRAFT_LENGTH = 16
+DEFAULT_DRAFT_STEPS = 1
+DEFAULT_FREEDAVE_STEPS = 4
+FREEDAVE = "freedave"
 
 # extra_args key -> RequestOptions field
 OPTION_KEYS = {
@@ -47,6 +50,14 @@ INAPPLICABLE = {
     "ar": _OF_DIFFUSION | _OF_VERIFY | _OF_DRAFTS,
     "auto": _OF_DIFFUSION | _OF_VERIFY | _OF_DRAFTS,
 }
+# FreeDave does steps of one position each; its drafts are whole canvases of one block.
+_OF_FREEDAVE = {
+    "mode": "diffusion",
+    "threshold": 1.0,
+    "max_steps": None,
+    "fused_commit": False,
+    "block_cache": False,
+}
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,9 @@ class RequestOptions:
     or none, as give the most tokens a second."""
     draft_length: int | None = None
     """`verify`: tokens of a draft, the seed included; at most a block. Default: 16 or a block."""
-    draft_steps: int = 1
-    """`verify`: denoise steps that draft a block."""
+    draft_steps: int | None = None
+    """`verify`: denoise steps that draft a block, default 1. Algorithm `freedave`: steps that a
+    forward may do, default 4."""
     fused_commit: bool = False
     """Commit a block in the forward that first denoises the next one, with its seed guessed; a
     wrong guess costs rows, never tokens."""
@@ -79,11 +91,20 @@ class RequestOptions:
     """Between the first step of a sub-block and the next sub-block, compute only its own rows and
     reuse the KV of the rest of the canvas (Fast-dLLM v2); changes the text."""
 
+    @property
+    def num_drafts(self) -> int:
+        """Canvases that a denoise forward may compute beside the request's own (FreeDave)."""
+        if self.algorithm != FREEDAVE:
+            return 0
+        assert self.small_blocks is not None
+        steps = self.draft_steps or DEFAULT_FREEDAVE_STEPS
+        return min(steps - 1, self.block_length // self.small_blocks)
+
     def resolved(self) -> RequestOptions:
         """The same options with every dependent default filled in and checked together.
 
-        Raises ValueError when `block_length` is not divisible by `small_blocks`, or the threshold
-        is beyond the algorithm's range.
+        Raises ValueError when `block_length` is not divisible by `small_blocks`, the threshold is
+        beyond the algorithm's range, or the algorithm does not combine with another option.
         """
         threshold, small_blocks = self.threshold, self.small_blocks
         rule = RULES[self.algorithm]
@@ -102,7 +123,13 @@ class RequestOptions:
                 f"nbdiff_small_blocks: block length {self.block_length} is not divisible by "
                 f"{small_blocks}"
             )
-        return replace(self, threshold=float(threshold), small_blocks=small_blocks)
+        resolved = replace(self, threshold=float(threshold), small_blocks=small_blocks)
+        if self.algorithm == FREEDAVE:
+            for key, name in OPTION_KEYS.items():
+                value = getattr(resolved, name)
+                if name in _OF_FREEDAVE and value != _OF_FREEDAVE[name]:
+                    raise ValueError(f"{key}={value} does not apply to nbdiff_algorithm={FREEDAVE}")
+        return resolved
 
 
 def check_option(name: str, value: Any, max_block_length: int) -> None:
@@ -152,17 +179,23 @@ def parse_options(
         values[name] = value
     if not values:
         return config.defaults
-    mode = values.get("mode", config.defaults.mode)
+    options = replace(_unresolved(config, values), **values)
+    mode = options.mode
+    inapplicable = INAPPLICABLE[mode]
+    if options.algorithm == FREEDAVE:
+        inapplicable = inapplicable - {"draft_steps"}
     for key, name in OPTION_KEYS.items():
-        if name in values and name in INAPPLICABLE[mode]:
+        if name in values and name in inapplicable:
             raise ValueError(f"{key} does not apply to nbdiff_mode={mode}")
     check_mode(mode, config.tensor_parallel_size)
-    return replace(_unresolved(config, values), **values).resolved()
+    return options.resolved()
 
 
 def _unresolved(config: BlockDiffusionConfig, values: dict[str, Any]) -> RequestOptions:
     """Server defaults, with those that depend on an option the request sets left open again."""
     base = config.defaults
+    if base.algorithm == FREEDAVE and values.get("mode", "diffusion") != "diffusion":
+        base = replace(base, algorithm="confidence", threshold=None)
     if values.get("algorithm", base.algorithm) != base.algorithm:
         base = replace(base, threshold=None)
     if values.get("block_length", base.block_length) != base.block_length:
@@ -198,9 +231,15 @@ def validate_request(
             f"{name} is not supported with block-diffusion models", parameter=name
         )
     try:
-        parse_options(params.extra_args, config)
+        options = parse_options(params.extra_args, config)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="extra_args") from None
+    if options.algorithm == FREEDAVE and params.temperature > 0:
+        raise VLLMValidationError(
+            f"nbdiff_algorithm={FREEDAVE} is greedy and needs temperature=0, "
+            f"got {params.temperature}",
+            parameter="temperature",
+        )
     if params.allowed_token_ids and set(params.allowed_token_ids) == {config.mask_token_id}:
         raise VLLMValidationError(
             f"allowed_token_ids holds only the mask token (id {config.mask_token_id}), which is "

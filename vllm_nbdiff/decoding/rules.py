@@ -154,6 +154,8 @@ RULES = {
     "factor": Rule(CONFIDENCE, within_factor, 1.0, None),
     "entropy_bound": Rule(ENTROPY, within_entropy_bound, 0.1, None),
     "entropy_threshold": Rule(ENTROPY, below_entropy, 0.45, None),
+    # One position a step; `engine/drafts.py` does several steps in a forward.
+    "freedave": Rule(CONFIDENCE, above_threshold, 1.0),
 }
 """Rules by the name that `nbdiff_algorithm` gives; add to it in a vLLM plugin of your own, which
 every process loads."""

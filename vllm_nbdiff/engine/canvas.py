@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.decoding.rules import CONFIDENCE, RULES
 from vllm_nbdiff.engine.constraints import Constraints
-from vllm_nbdiff.request import DEFAULT_DRAFT_LENGTH, parse_options
+from vllm_nbdiff.request import DEFAULT_DRAFT_LENGTH, DEFAULT_DRAFT_STEPS, parse_options
 
 _NO_LIMIT = 1 << 30
 NO_TOKEN = -1
@@ -47,6 +47,11 @@ class CanvasState:
         self.guess = column(NO_TOKEN, np.int64)
         # First column of the sub-block whose KV and that of the rest of the canvas are cached.
         self.cached = column(-1, np.int64)
+        # `freedave`: what the last step proposed for positions it left masked, NO_TOKEN elsewhere.
+        self.proposed = np.full_like(self.tokens, NO_TOKEN)
+        self.rank = np.zeros(self.tokens.shape, np.float32)  # their confidence
+        # Drafts whose own pages hold the text before the canvas.
+        self.copied = column(0, np.int64)
 
         self.block_length = column(config.block_length, np.int64)
         self.sub_block_length = column(1, np.int64)
@@ -54,6 +59,7 @@ class CanvasState:
         self.score = column(CONFIDENCE, np.int64)
         self.threshold = column(1, np.float32)
         self.max_steps = column(_NO_LIMIT, np.int64)
+        self.num_drafts = column(0, np.int64)  # canvases beside the canvas itself, `freedave` only
         self.verifies = column(False, np.bool_)  # text is what AR decoding gives
         self.auto = column(False, np.bool_)  # its width is chosen while serving
         self.fuses = column(False, np.bool_)
@@ -84,11 +90,12 @@ class CanvasState:
         self.score[slot] = RULES[options.algorithm].score
         self.threshold[slot] = options.threshold
         self.max_steps[slot] = options.max_steps or _NO_LIMIT
+        self.num_drafts[slot] = options.num_drafts
         if lossless:
             draft = options.draft_length or DEFAULT_DRAFT_LENGTH
             length = 1 if options.mode == "ar" else min(draft, self.config.block_length)
             self.set_draft_length(slot, length)
-            self.max_steps[slot] = options.draft_steps
+            self.max_steps[slot] = options.draft_steps or DEFAULT_DRAFT_STEPS
         self.temperature[slot] = params.temperature
         self.top_p[slot] = params.top_p
         self.top_k[slot] = params.top_k if params.top_k > 0 else self.config.vocab_size
@@ -145,6 +152,8 @@ class CanvasState:
         self.step[slots] = 0
         self.guess[slots] = NO_TOKEN
         self.cached[slots] = -1
+        self.proposed[slots] = NO_TOKEN
+        self.copied[slots] = 0
 
     def width_at(self, slots: np.ndarray, start: np.ndarray) -> np.ndarray:
         """Columns of a canvas at position `start` [n]; less than 1 where there is no room.

@@ -11,6 +11,7 @@ import torch
 
 from vllm_nbdiff.decoding import rules
 from vllm_nbdiff.decoding.rules import RULES
+from vllm_nbdiff.engine import drafts
 from vllm_nbdiff.engine.canvas import NO_TOKEN, CanvasState
 from vllm_nbdiff.engine.plan import FILL, GUESS, NEXT, Batch, Plan
 from vllm_nbdiff.engine.sampler import Drawn, RowSampler
@@ -70,6 +71,8 @@ class Decoder:
         if not len(plan.rows.owner):
             return
         drawn = self.sampler.draw(logits, batch, plan)
+        if plan.drafts is not None:
+            drafts.keep_right_ones(batch, plan, drawn)
         looked = plan.look & ~plan.ahead
         if plan.text.any() or batch.prefill_ends.any():
             looked |= self._take_text(batch, plan, drawn, emitted)
@@ -166,6 +169,10 @@ class Decoder:
         canvas = np.where(accepted, proposed, plan.canvas)
         state.tokens[slots] = canvas[done]
         state.step[slots] += 1
+        if state.num_drafts[slots].any():
+            left = active & ~accepted & (proposed != mask)
+            state.proposed[slots] = np.where(left, proposed, NO_TOKEN)[done]
+            state.rank[slots] = rank[done]
         size = state.sub_block_length[slots]
         state.cached[slots] = active[done].argmax(1) // size * size
         state.guess[slots] = NO_TOKEN

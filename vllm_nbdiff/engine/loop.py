@@ -13,8 +13,9 @@ from vllm.forward_context import set_forward_context
 
 from vllm_nbdiff.engine.auto import CostModel, WidthChooser
 from vllm_nbdiff.engine.decoder import Decoder, Emitted
+from vllm_nbdiff.engine.drafts import add_drafts
 from vllm_nbdiff.engine.plan import Batch, Plan, make_plan
-from vllm_nbdiff.engine.segments import PagedBatch, SegmentForward
+from vllm_nbdiff.engine.segments import PagedBatch, SegmentForward, Segments
 
 
 class ForwardLoop:
@@ -52,13 +53,22 @@ class ForwardLoop:
 
     def _next_forward(self) -> SegmentForward:
         """Plan a forward of the batch from the canvases as they are now."""
-        self.plan = make_plan(self.canvas, self.batch)
+        self.plan = add_drafts(self.canvas, self.batch, make_plan(self.canvas, self.batch))
         segments = self.plan.segments
+        if self.plan.drafts is not None:
+            self._copy_text(segments)
         ids = [
             self._prompt_ids(b) if self.batch.prefilling[b] else self._canvas_ids(s)
             for s, b in enumerate(segments.owner.tolist())
         ]
         return self._paged.forward(segments, np.concatenate(ids))
+
+    def _copy_text(self, segments: Segments) -> None:
+        """Once a block, give the pages of drafts the text before the canvas."""
+        slots = self.batch.slots[segments.owner]
+        new = segments.version > self.canvas.copied[slots]
+        self._paged.copy_text(segments, new)
+        np.maximum.at(self.canvas.copied, slots, segments.version)
 
     def _prompt_ids(self, index: int) -> np.ndarray:
         begin = self.batch.prompt_start[index]
@@ -71,7 +81,10 @@ class ForwardLoop:
         slot = self.batch.slots[b]
         start = self.canvas.start[slot]
         tokens = self.canvas.tokens[slot]
-        if not segments.causal[index]:
+        if segments.version[index]:
+            assert plan.drafts is not None
+            tokens = plan.drafts.canvas[index - len(segments.owner)]
+        elif not segments.causal[index]:
             tokens = plan.canvas[b]
             start += plan.text[b]
         low = segments.first[index] - start

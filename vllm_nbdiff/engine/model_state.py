@@ -27,6 +27,7 @@ from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.engine.canvas import CanvasState
 from vllm_nbdiff.engine.counts import pack
 from vllm_nbdiff.engine.decoder import Decoder
+from vllm_nbdiff.engine.drafts import draft_room
 from vllm_nbdiff.engine.loop import ForwardLoop
 from vllm_nbdiff.engine.plan import Batch
 from vllm_nbdiff.engine.sampler import RowSampler
@@ -134,7 +135,7 @@ class NBDiffModelState(ModelState):
             attn_groups, block_tables, kv_cache_config, self.vllm_config, self.device
         )
         assert self.loop is not None
-        self._forward = self.loop.begin(self._make_batch(input_batch), paged)
+        self._forward = self.loop.begin(self._make_batch(input_batch, paged.page_size), paged)
         input_batch.logits_indices = self.loop.needed_rows()
         return self._forward.metadata
 
@@ -166,7 +167,7 @@ class NBDiffModelState(ModelState):
             causal=torch.ones(num_reqs, dtype=torch.int32, device=self.device),
         )
 
-    def _make_batch(self, input_batch: InputBatch) -> Batch:
+    def _make_batch(self, input_batch: InputBatch, page_size: int) -> Batch:
         assert self.canvas is not None
         num_reqs = input_batch.num_reqs
         slots = input_batch.idx_mapping_np[:num_reqs].astype(np.int64)
@@ -174,8 +175,9 @@ class NBDiffModelState(ModelState):
         prefilling = input_batch.num_draft_tokens_per_req[:num_reqs] == 0
         computed = input_batch.num_computed_prefill_tokens_np[:num_reqs].astype(np.int64)
         prompt_len = input_batch.prefill_len_np[:num_reqs]
-        # The scheduler gives every canvas the pages of one more block (`NBDiffScheduler`).
-        room = self.canvas.start[slots] + scheduled + self.config.block_length
+        # The scheduler gives every canvas the pages of one more block, and of drafts.
+        spare = draft_room(self.canvas.num_drafts[slots], scheduled, page_size)
+        room = self.canvas.start[slots] + scheduled + self.config.block_length + spare
         return Batch(
             slots=slots,
             scheduled=scheduled,
@@ -183,6 +185,7 @@ class NBDiffModelState(ModelState):
             prefill_ends=prefilling & (computed + scheduled >= prompt_len),
             computed=computed,
             room=np.minimum(room, self.canvas.max_model_len),
+            page_size=page_size,
             prompt_ids=input_batch.input_ids[: input_batch.num_tokens].cpu().numpy(),
             prompt_start=input_batch.query_start_loc_np[:num_reqs],
             max_rows=self.vllm_config.scheduler_config.max_num_batched_tokens,

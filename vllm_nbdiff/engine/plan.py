@@ -16,8 +16,9 @@ from vllm_nbdiff.decoding import rules
 from vllm_nbdiff.engine.canvas import NO_TOKEN, CanvasState
 from vllm_nbdiff.engine.segments import Segments
 
-FILL, NEXT, GUESS = 0, 1, 2
-"""Kinds of needed rows: a canvas position, the token after causal text, the next block's seed."""
+FILL, NEXT, GUESS, REFUSED = 0, 1, 2, 3
+"""Kinds of needed rows: a canvas position, the token after causal text, the next block's seed; a
+position of a draft that proved wrong."""
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Batch:
     prefill_ends: np.ndarray  # [B] bool, the scheduled tokens hold the prompt's last one
     computed: np.ndarray  # [B] int64, prompt tokens computed before
     room: np.ndarray  # [B] int64, positions below it have pages
+    page_size: int
     prompt_ids: np.ndarray  # int32, scheduled tokens of all requests
     prompt_start: np.ndarray  # [B] int32, where those of a request begin
     max_rows: int
@@ -45,6 +47,20 @@ class Rows:
     step: np.ndarray  # [n] int64, denoise step; 0 for NEXT and GUESS
     kind: np.ndarray  # [n] int64
     index: np.ndarray  # [n] int64, token row of the forward
+    draft: np.ndarray  # [n] int64, index in `Drafts`, -1: the request's canvas or text
+
+
+@dataclass
+class Drafts:
+    """D canvases with more positions filled than the one that is looked at; see `drafts.py`.
+
+    Their segments are the last ones of the forward, in this order: by level, then by owner.
+    """
+
+    owner: np.ndarray  # [D] int64, batch index
+    level: np.ndarray  # [D] int64, so many positions more than the canvas, at least 1
+    canvas: np.ndarray  # [D, L] int64
+    active: np.ndarray  # [D, L] bool, columns that may be filled
 
 
 @dataclass
@@ -60,6 +76,7 @@ class Plan:
     width: np.ndarray  # [B] int64, its columns
     active: np.ndarray  # [B, L] bool, columns that may be filled
     quota: np.ndarray  # [B] int64, least number of columns to fill
+    drafts: Drafts | None = None
 
 
 def make_plan(state: CanvasState, batch: Batch) -> Plan:
@@ -108,6 +125,7 @@ def make_plan(state: CanvasState, batch: Batch) -> Plan:
         length=lengths.ravel()[used],
         kv_length=kv_length.ravel()[used],
         causal=np.tile([True, False], num_reqs)[used],
+        version=np.zeros(int(used.sum()), np.int64),
     )
     text_owner, text_column = _text_rows(state, batch, text)
     fill_owner, fill_column = active.nonzero()
@@ -138,6 +156,7 @@ def make_plan(state: CanvasState, batch: Batch) -> Plan:
                 look_row[guess_owner] + last - low[guess_owner],
             ]
         ),
+        draft=np.full(len(text_owner) + len(fill_owner) + len(guess_owner), -1),
     )
     return Plan(segments, rows, text, look, ahead, canvas, width, active, quota)
 

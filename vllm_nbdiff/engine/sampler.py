@@ -104,10 +104,11 @@ class RowSampler:
             own = plan.rows.owner == b
             # A canvas position sees the filled ones; a next token what stands before it.
             fills = np.flatnonzero(own & (plan.rows.kind == FILL))
+            drafts = plan.rows.draft[fills]
             nexts = np.flatnonzero(own & (plan.rows.kind != FILL))
-            for group in [fills, *nexts[:, None]] if len(fills) else nexts[:, None]:
+            for group in [*(fills[drafts == d] for d in np.unique(drafts)), *nexts[:, None]]:
                 position = plan.rows.position[group]
-                tokens, known = self.history(batch, plan, b)
+                tokens, known = self.history(batch, plan, b, int(plan.rows.draft[group[0]]))
                 if plan.rows.kind[group[0]] != FILL:
                     end = int(position[0])
                     tokens, known = tokens[: end + 1], known[: end + 1]
@@ -118,10 +119,13 @@ class RowSampler:
                 logits[index] = block.to(logits.device)
         return logits
 
-    def history(self, batch: Batch, plan: Plan, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def history(
+        self, batch: Batch, plan: Plan, index: int, draft: int = -1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """A request's tokens with one column to spare, and which of them are known.
 
-        Only for requests without tokens that the runner has not been told of.
+        The canvas is that of the plan's `draft` if that is not negative. Only for requests without
+        tokens that the runner has not been told of.
         """
         slot = batch.slots[index]
         prefilling = batch.prefilling[index]
@@ -129,7 +133,11 @@ class RowSampler:
         block = self.state.tokens[slot, :0]
         if not prefilling:
             start = int(self.state.start[slot])
-            block = self.state.tokens[slot, : self.state.width[slot]]
+            canvas = self.state.tokens[slot]
+            if draft >= 0:
+                assert plan.drafts is not None
+                canvas = plan.drafts.canvas[draft]
+            block = canvas[: self.state.width[slot]]
         text = self.req_states.all_token_ids.gpu[slot, :start].cpu().long()
         mask = self.state.config.mask_token_id
         tokens = torch.cat([text, torch.from_numpy(block), torch.tensor([mask])])

@@ -14,12 +14,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.engine.counts import unpack
-from vllm_nbdiff.request import parse_options
+from vllm_nbdiff.engine.drafts import draft_room
+from vllm_nbdiff.request import RequestOptions, parse_options
 
 
 class NBDiffScheduler(Scheduler):
@@ -30,14 +30,11 @@ class NBDiffScheduler(Scheduler):
         # vLLM derives this from `is_diffusion`, which stays false here (see config.py).
         self.num_sampled_tokens_per_step = 0
         self._config = BlockDiffusionConfig.from_vllm_config(self.vllm_config)
-        # Pages for the next block: its first denoise step may share a forward with this commit.
-        self.num_lookahead_tokens = self._config.block_length
+        self._page_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._counts: dict[str, int] = {}
 
-    def canvas_width(self, request: Request) -> int:
-        """Most tokens that a schedule may emit for `request`; a block is emitted whole."""
-        assert request.sampling_params is not None
-        options = parse_options(request.sampling_params.extra_args, self._config)
+    def canvas_width(self, options: RequestOptions) -> int:
+        """Most tokens that a schedule may emit for a request; a block is emitted whole."""
         return options.block_length if options.mode == "diffusion" else self._config.block_length
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -46,11 +43,18 @@ class NBDiffScheduler(Scheduler):
         Decoding requests come first, so that the token budget never splits a canvas: the config
         hook made sure that one canvas for every sequence fits.
         """
+        spare = 0
         for request in self.running:
             if request.num_computed_tokens >= request.num_tokens:
-                width = self.canvas_width(request)
+                assert request.sampling_params is not None
+                options = parse_options(request.sampling_params.extra_args, self._config)
+                width = self.canvas_width(options)
                 if len(request.spec_token_ids) != width:
                     request.spec_token_ids = [-1] * width
+                spare = max(spare, draft_room(options.num_drafts, width, self._page_size))
+        # Pages for the next block, whose first denoise step may share a forward with this commit,
+        # and for drafts.
+        self.num_lookahead_tokens = self._config.block_length + spare
         self.running.sort(key=lambda request: request.num_computed_tokens < request.num_tokens)
         return super().schedule(throttle_prefills)
 
