@@ -16,8 +16,7 @@ import argparse
 import importlib.util
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 if "--toy" in sys.argv:
@@ -34,7 +33,7 @@ from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.write_kv import write_kv
 
-Run = Callable[[], object]
+from benchmarks.timing import Run, copy_bandwidth, describe, measure_of
 
 
 @dataclass(frozen=True)
@@ -236,34 +235,6 @@ def canvas_case(shapes: Shapes, requests: int) -> Case:
     return Case("canvas_update", requests, 0, num_bytes, {"ours": ours})
 
 
-def seconds_on_gpu(run: Run) -> float:
-    """Median time of a CUDA-graph replay, the L2 cache flushed before each."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and settles the allocator before the capture
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return float(triton.testing.do_bench(graph.replay, return_mode="median")) * 1e-3
-
-
-def seconds_on_cpu(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def copy_bandwidth(shapes: Shapes, measure: Callable[[Run], float]) -> float:
-    """Bytes per second read and written by a large copy."""
-    elements = 2**30 if shapes.device == "cuda" else 2**20
-    source = torch.zeros(elements, dtype=torch.uint8, device=shapes.device)
-    target = torch.empty_like(source)
-    return 2 * elements / measure(lambda: target.copy_(source))
-
-
 def cases(shapes: Shapes, requests: list[int], contexts: list[int]) -> Iterator[Case]:
     for count in requests:
         for context in contexts:
@@ -285,13 +256,10 @@ def main() -> None:
     shapes = TOY if options.toy else NBDIFF_7B
     requests = options.requests or ([1, 3] if options.toy else [1, 8, 32, 128])
     contexts = options.contexts or ([0, 45] if options.toy else [512, 2048, 8192, 32768])
-    measure = seconds_on_cpu if options.toy else seconds_on_gpu
 
     torch.manual_seed(0)
-    where = "CPU, interpreter: times mean nothing"
-    device = where if options.toy else torch.cuda.get_device_name()
-    bandwidth = copy_bandwidth(shapes, measure)
-    print(f"# {device}; torch {torch.__version__}, triton {triton.__version__}")
+    measure, bandwidth = measure_of(shapes.device), copy_bandwidth(shapes.device)
+    print(f"# {describe(shapes.device)}")
     print(f"# copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     print("kernel\trequests\tcontext\tcontender\tus\tMB\tshare")
     for case in cases(shapes, requests, contexts):
