@@ -38,7 +38,7 @@ class CanvasRows(NamedTuple):
     """[B] int32 of `Mode`."""
     quota: Tensor
     """[B] int32: least number of columns to fill, at least 1."""
-    index: Tensor
+    row: Tensor
     """[B, R] int64: row of the forward; of rows not needed the request's first one."""
     needed: Tensor
     """[B, R] int32: `Mode` of the request where its row is needed, else 0."""
@@ -52,7 +52,7 @@ class CanvasRows(NamedTuple):
 def _canvas_rows_kernel(  # type: ignore[no-untyped-def]
     mode_ptr,
     quota_ptr,
-    index_ptr,
+    row_ptr,
     needed_ptr,
     position_ptr,
     out_step_ptr,
@@ -133,7 +133,7 @@ def _canvas_rows_kernel(  # type: ignore[no-untyped-def]
     out = request * num_rows + r
     # A drafted token shares its random number with the verification, which confirms it more often.
     drawn_step = tl.where((needed == _FILL) & (verifies == 0), step, 0)
-    tl.store(index_ptr + out, (begin + row).to(tl.int64), mask=valid)
+    tl.store(row_ptr + out, (begin + row).to(tl.int64), mask=valid)
     tl.store(needed_ptr + out, needed, mask=valid)
     tl.store(position_ptr + out, (start + row + 1).to(tl.int64), mask=valid)
     tl.store(out_step_ptr + out, drawn_step, mask=valid)
@@ -210,7 +210,7 @@ def canvas_rows_reference(
     for b, slot in enumerate(batch.slot.tolist()):
         begin, stop = batch.query_start[b : b + 2].tolist()
         start = int(batch.seq_len[b]) - (stop - begin)
-        result.index[b], result.position[b] = begin, start + 1
+        result.row[b], result.position[b] = begin, start + 1
         width = canvas_width_reference(table, slot, start, max_model_len)
         canvas = table.tokens[slot, :width].tolist()
         masks = [i for i, token in enumerate(canvas) if token == mask_token_id]
@@ -240,6 +240,6 @@ def canvas_rows_reference(
         for r, row in rows:
             if r < num_rows:
                 result.needed[b, r] = mode
-                result.index[b, r] = begin + row
+                result.row[b, r] = begin + row
                 result.position[b, r] = start + row + 1
     return result

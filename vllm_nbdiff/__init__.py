@@ -20,4 +20,5 @@ def register() -> None:
         ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
     compat.register_config_hook(ARCHITECTURE, NBDiffConfigHook)
     compat.register_pangu_config()
+    compat.register_attention_backend()
     compat.apply_patches()

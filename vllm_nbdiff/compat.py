@@ -16,6 +16,9 @@ from typing import Any
 
 SUPPORTED_VLLM = ((0, 32), (0, 33))
 
+ATTENTION_BACKEND = "vllm_nbdiff.engine.attention.SegmentAttentionBackend"
+# FLASH_ATTN takes a flag per sequence in its version 4 and says so otherwise.
+_CUDA_ATTENTION = ("CUSTOM", "TRITON_ATTN", "FLASH_ATTN")
 _PATCHED = "_nbdiff_patched"
 # As long as vLLM gives the engine on ROCm.
 _ABORT_SECONDS = 15.0
@@ -378,20 +381,31 @@ def _preload_intel_openmp() -> None:
         os.environ["LD_PRELOAD"] = f"{preloaded}:{library}" if preloaded else library
 
 
-def _select_cuda_attention(vllm_config: Any) -> None:
-    """Select an attention kernel that takes a causal flag per sequence, without CUDA graphs.
+def register_attention_backend() -> None:
+    """Register the plugin's own attention as vLLM's `CUSTOM` backend, unless another one is.
 
-    The rows of a forward are chosen anew each step, so no graph of the runner's rows fits.
+    Through `vllm.v1.attention.backends.registry`, the official extension point.
     """
-    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(AttentionBackendEnum.CUSTOM, ATTENTION_BACKEND)
+
+
+def _select_cuda_attention(vllm_config: Any) -> None:
+    """Select attention that takes a causal flag per sequence: ours unless the user names one."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    attention = vllm_config.attention_config
+    attention, custom = vllm_config.attention_config, AttentionBackendEnum.CUSTOM
     if attention.backend is None:
-        attention.backend = AttentionBackendEnum.TRITON_ATTN
-    elif attention.backend != AttentionBackendEnum.TRITON_ATTN:
+        if custom.get_path() != ATTENTION_BACKEND:
+            raise ValueError(
+                f"another plugin registered {custom.get_path()} as attention backend CUSTOM; use "
+                "--attention-backend TRITON_ATTN"
+            )
+        attention.backend = custom
+    elif attention.backend.name not in _CUDA_ATTENTION:
         raise ValueError(
             f"--attention-backend {attention.backend.name} takes no causal flag per sequence; "
-            "use TRITON_ATTN"
+            f"use one of {', '.join(_CUDA_ATTENTION)}"
         )
-    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE

@@ -20,6 +20,8 @@ ARCHITECTURE = "NBDiffForCausalLM"
 MODEL_CLASS = "vllm_nbdiff.families.nbdiff:NBDiffForCausalLM"
 SCHEDULER = "vllm_nbdiff.engine.scheduler.make_scheduler"
 
+DECODERS = ("host", "device")
+ATTENTION_KERNELS = ("triton", "torch", "xformers")
 MODEL_TYPES = ("PanguEmbedded", "llama", "qwen2", "qwen3")
 DEFAULT_BLOCK_LENGTH = 32
 # NBDiff-7B and openPangu-7B-Diffusion name neither in their config (demo.py of YuchuanTian/NBDiff).
@@ -41,7 +43,14 @@ class EngineOptions:
     allow_mask_token_in_prompt: bool = False
     """Accept prompts that contain the mask token id."""
     max_steps_per_schedule: int | None = None
-    """Forwards the worker runs before it returns to the scheduler; None: 16 on CPU, 1 elsewhere."""
+    """Forwards the worker runs before it returns to the scheduler; None: 16 on CPU, 1 elsewhere.
+    Of requests that are decoded on the host."""
+    decoder: str | None = None
+    """`device`: forwards are decided by kernels, without a copy to the host between them; `host`:
+    in numpy. None: `host` on CPU, else `device`."""
+    attention_kernel: str | None = None
+    """What the plugin's own attention backend runs: `triton`, the default, or for comparison
+    `torch` or `xformers`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,13 @@ class BlockDiffusionConfig:
     tensor_parallel_size: int
     defaults: RequestOptions
     engine: EngineOptions
+
+    @property
+    def decoder(self) -> str:
+        """Where forwards are decided: `host` or `device`."""
+        from vllm.platforms import current_platform
+
+        return self.engine.decoder or ("host" if current_platform.is_cpu() else "device")
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> BlockDiffusionConfig:
@@ -126,6 +142,13 @@ def _engine_options(user: dict[str, Any]) -> EngineOptions:
             "--additional-config: nbdiff.max_steps_per_schedule must be a positive integer, "
             f"got {steps!r}"
         )
+    choices = {"decoder": (None, *DECODERS), "attention_kernel": (None, *ATTENTION_KERNELS)}
+    for name, known in choices.items():
+        if (value := getattr(options, name)) not in known:
+            raise ValueError(
+                f"--additional-config: nbdiff.{name} must be one of "
+                f"{', '.join(str(k) for k in known if k)}, got {value!r}"
+            )
     return options
 
 

@@ -92,6 +92,13 @@ class RequestOptions:
     reuse the KV of the rest of the canvas (Fast-dLLM v2); changes the text."""
 
     @property
+    def draft_width(self) -> int:
+        """Tokens that a verified draft has at most, the seed included; 1 is AR decoding."""
+        if self.mode == "ar":
+            return 1
+        return min(self.draft_length or DEFAULT_DRAFT_LENGTH, self.block_length)
+
+    @property
     def num_drafts(self) -> int:
         """Canvases that a denoise forward may compute beside the request's own (FreeDave)."""
         if self.algorithm != FREEDAVE:

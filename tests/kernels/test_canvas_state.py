@@ -76,11 +76,11 @@ def test_rows_match_the_reference(num_slots: int, length: int, num_rows: int) ->
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     filled = found.mode == Mode.FILL
     assert torch.equal(found.quota[filled], expected.quota[filled])
-    for name in ("index", "position", "step"):
+    for name in ("row", "position", "step"):
         assert torch.equal(getattr(found, name)[needed], getattr(expected, name)[needed]), name
     # A row that is not needed is still a row of its request.
     owner_start = batch.query_start[:-1, None]
-    assert torch.equal(found.index[~needed], owner_start.expand_as(needed)[~needed].long())
+    assert torch.equal(found.row[~needed], owner_start.expand_as(needed)[~needed].long())
     assert all(torch.equal(a, b) for a, b in zip(table, before, strict=True))
 
 
@@ -159,7 +159,7 @@ def test_a_denoise_step_needs_the_rows_before_masks_of_its_sub_block() -> None:
     rows = rows_of(table, batch)
     assert rows.mode.item() == Mode.FILL
     assert rows.needed.tolist() == [[Mode.FILL, 0, 0, 0]]
-    assert (rows.index[0, 0], rows.position[0, 0], rows.step[0, 0]) == (0, 51, 3)
+    assert (rows.row[0, 0], rows.position[0, 0], rows.step[0, 0]) == (0, 51, 3)
     emission = advance(table, batch, [0] * 4)
     assert (emission.num_emitted.item(), emission.num_rejected.item()) == (0, 4)
     assert (table.causal[1], table.step[1]) == (0, 4)
@@ -177,7 +177,7 @@ def test_a_commit_emits_the_block_and_begins_the_next() -> None:
     table, batch = one([5, 6, 7, 8], causal=True)
     rows = rows_of(table, batch)
     assert rows.needed.tolist() == [[Mode.TEXT, 0, 0, 0]]
-    assert (rows.index[0, 0], rows.position[0, 0]) == (3, 54)
+    assert (rows.row[0, 0], rows.position[0, 0]) == (3, 54)
     emission = advance(table, batch, [3, -1, -1, -1])
     assert emission.tokens.tolist() == [[5, 6, 7, 8]]
     assert (emission.num_emitted.item(), emission.num_rejected.item()) == (4, 0)
@@ -187,7 +187,7 @@ def test_a_commit_emits_the_block_and_begins_the_next() -> None:
 
 def test_the_end_of_a_prompt_begins_a_canvas_and_its_middle_does_not() -> None:
     table, batch = one([0, 0, 0, 0], kind=Kind.PROMPT_END, causal=True, rows=7)
-    assert rows_of(table, batch).index[0, 0] == 6
+    assert rows_of(table, batch).row[0, 0] == 6
     emission = advance(table, batch, [3, -1, -1, -1])
     assert emission.num_emitted.item() == emission.num_rejected.item() == 0
     assert table.tokens[1].tolist() == [3, M, M, M] and table.causal[1] == 0
@@ -249,16 +249,16 @@ def test_a_canvas_that_was_cut_counts_for_nothing() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     table, batch = one([5, M, M, M])
-    with pytest.raises(ValueError, match="^causal: "):
+    with pytest.raises(ValueError, match=r"^causal: "):
         rows_of(table._replace(causal=table.causal.long()), batch)
-    with pytest.raises(ValueError, match="^slot: outside"):
+    with pytest.raises(ValueError, match=r"^slot: outside"):
         rows_of(table, batch._replace(slot=torch.tensor([3])))
-    with pytest.raises(ValueError, match="^kind: not a Kind"):
+    with pytest.raises(ValueError, match=r"^kind: not a Kind"):
         rows_of(table, batch._replace(kind=int32([3])))
-    with pytest.raises(ValueError, match="^num_rows: "):
+    with pytest.raises(ValueError, match=r"^num_rows: "):
         canvas_rows(table, batch, num_rows=5, **SHAPE)
     rows = rows_of(table, batch)
-    with pytest.raises(ValueError, match="^token: "):
+    with pytest.raises(ValueError, match=r"^token: "):
         canvas_advance(
             table, batch, rows, torch.zeros(1, 4), torch.zeros(1, 4), int32([1]), **SHAPE
         )

@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.decoding.rules import CONFIDENCE, RULES
 from vllm_nbdiff.engine.constraints import Constraints
-from vllm_nbdiff.request import DEFAULT_DRAFT_LENGTH, DEFAULT_DRAFT_STEPS, parse_options
+from vllm_nbdiff.request import DEFAULT_DRAFT_STEPS, parse_options
 
 _NO_LIMIT = 1 << 30
 NO_TOKEN = -1
@@ -92,9 +92,7 @@ class CanvasState:
         self.max_steps[slot] = options.max_steps or _NO_LIMIT
         self.num_drafts[slot] = options.num_drafts
         if lossless:
-            draft = options.draft_length or DEFAULT_DRAFT_LENGTH
-            length = 1 if options.mode == "ar" else min(draft, self.config.block_length)
-            self.set_draft_length(slot, length)
+            self.set_draft_length(slot, options.draft_width)
             self.max_steps[slot] = options.draft_steps or DEFAULT_DRAFT_STEPS
         self.temperature[slot] = params.temperature
         self.top_p[slot] = params.top_p

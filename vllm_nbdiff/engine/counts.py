@@ -34,6 +34,12 @@ def pack(emitted: Emitted) -> np.ndarray:
     )
 
 
+def pack_uniform(rows: np.ndarray) -> np.ndarray:
+    """[B] int64 of one forward for each request, of `rows` [B] rows; 0: not to be counted."""
+    rows = rows.astype(np.int64)
+    return (rows > 0) | rows << _ROWS | (rows == 1).astype(np.int64) << _SINGLES
+
+
 def unpack(value: int) -> Counts:
     """The counts of one request."""
     return Counts(

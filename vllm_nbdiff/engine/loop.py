@@ -24,6 +24,7 @@ class ForwardLoop:
     batch: Batch
     plan: Plan
     _paged: PagedBatch
+    _planned: SegmentForward
 
     def __init__(
         self,
@@ -39,13 +40,16 @@ class ForwardLoop:
         self.vllm_config = vllm_config
         self.device = device
         self.steps_per_schedule = steps_per_schedule
+        # The runner's forward was not the planned one.
+        self.postponed = False
         self._widths: WidthChooser | None = None
         self._ended: float | None = None  # time of the end of the last schedule
 
     def begin(self, batch: Batch, paged: PagedBatch) -> SegmentForward:
         """The first forward of a schedule, which the runner runs."""
         self.batch, self._paged = batch, paged
-        return self._next_forward()
+        self._planned = self._next_forward()
+        return self._planned
 
     def needed_rows(self) -> torch.Tensor:
         """[n] int64, the rows of the planned forward that need logits."""
@@ -98,6 +102,9 @@ class ForwardLoop:
         """
         batch, decoder = self.batch, self.decoder
         self._choose_widths(batch)
+        if self.postponed:
+            self.postponed = False
+            logits = self._logits(self._planned)
         emitted = Emitted.nothing(len(batch.slots), self.canvas.tokens.shape[1])
         decoder.step(logits, batch, self.plan, emitted)
         first_rows = int(self.plan.segments.length.sum())
@@ -106,10 +113,7 @@ class ForwardLoop:
             more -= 1
             began = perf_counter()
             forward = self._next_forward()
-            hidden_states = self.model(
-                input_ids=None, positions=forward.positions, segments=forward
-            )
-            logits = self.model.compute_logits(hidden_states[self.needed_rows()])
+            logits = self._logits(forward)
             decoder.step(logits, batch, self.plan, emitted)
             if self._widths is not None:
                 self._widths.cost.observe(len(forward.input_ids), perf_counter() - began)
@@ -118,6 +122,11 @@ class ForwardLoop:
         steady = not (emitted.ended.any() or batch.prefilling.any())
         self._ended = perf_counter() if steady else None
         return emitted
+
+    def _logits(self, forward: SegmentForward) -> torch.Tensor:
+        """Logits [n, V] of the rows that the plan needs."""
+        hidden = self.model(input_ids=None, positions=forward.positions, segments=forward)
+        return self.model.compute_logits(hidden[self.needed_rows()])
 
     def _observe_schedule(self, forwards: int, rows: int) -> None:
         if self._widths is not None and self._ended is not None:

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hooks of model runner V2."""
+"""The hooks of model runner V2.
+
+A batch is decoded on the device (`device.py`) in the runner's own rows, or on the host (`loop.py`)
+in rows of its own: on CPU, and where a request has options that the device cannot serve.
+"""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +16,7 @@ import torch.nn as nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
@@ -33,15 +38,14 @@ from vllm_nbdiff.engine.plan import Batch
 from vllm_nbdiff.engine.sampler import RowSampler
 from vllm_nbdiff.engine.segments import PagedBatch, SegmentForward
 
+if TYPE_CHECKING:
+    from vllm_nbdiff.engine.device import DeviceDecoder
+
 _CPU_STEPS_PER_SCHEDULE = 16
 
 
 class NBDiffModelState(ModelState):
-    """Block-diffusion state of one worker.
-
-    The runner prepares a batch of prompt tokens and canvases; what is computed of it follows from
-    the state here, as segments, and several forwards may follow in one schedule.
-    """
+    """Block-diffusion state of one worker."""
 
     num_new_sampled_tokens_per_step = 0
 
@@ -58,9 +62,12 @@ class NBDiffModelState(ModelState):
         self.canvas: CanvasState | None = None
         self.decoder: Decoder | None = None
         self.loop: ForwardLoop | None = None
+        self.device_decoder: DeviceDecoder | None = None
         self._model = model
         self._forward: SegmentForward | None = None
         self._slot_of: dict[str, int] = {}
+        # CUDA graphs read it.
+        self._causal = torch.ones(self.max_num_reqs, dtype=torch.int32, device=device)
 
     def _steps_per_schedule(self) -> int:
         wanted = self.config.engine.max_steps_per_schedule
@@ -86,12 +93,18 @@ class NBDiffModelState(ModelState):
         self.loop = ForwardLoop(
             self._model, self.decoder, self.vllm_config, self.device, self._steps_per_schedule()
         )
-        return NBDiffSampler(self.loop), None
+        if self.config.decoder == "device":
+            from vllm_nbdiff.engine.device import DeviceDecoder
+
+            self.device_decoder = DeviceDecoder(self.canvas, req_states, self.device)
+        return NBDiffSampler(self.loop, self.device_decoder), None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         assert self.canvas is not None and new_req_data.sampling_params is not None
         self._slot_of[new_req_data.req_id] = req_index
         self.canvas.add_request(req_index, new_req_data.sampling_params, new_req_data.prompt_len)
+        if self.device_decoder is not None:
+            self.device_decoder.add_request(req_index)
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slot_of.pop(req_id, None)
@@ -126,45 +139,70 @@ class NBDiffModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Plan the schedule's first forward and choose the rows that get logits."""
-        if input_batch.num_draft_tokens_per_req is None:  # a dummy batch
-            return self._dummy_metadata(
-                input_batch, block_tables, slot_mappings, attn_groups, kv_cache_config
-            )
-        paged = PagedBatch(
-            attn_groups, block_tables, kv_cache_config, self.vllm_config, self.device
-        )
+        """Choose the rows that get logits, and plan a forward that is not the runner's own."""
         assert self.loop is not None
-        self._forward = self.loop.begin(self._make_batch(input_batch, paged.page_size), paged)
-        input_batch.logits_indices = self.loop.needed_rows()
-        return self._forward.metadata
+        dummy = input_batch.num_draft_tokens_per_req is None
+        device = self.device_decoder
+        if device is not None and not dummy:
+            device.upload_options()
+            if device.serves_all(input_batch):
+                input_batch.logits_indices = device.begin(input_batch)
+                self._causal[: input_batch.num_reqs] = device.causal(
+                    input_batch.idx_mapping[: input_batch.num_reqs]
+                )
+                dummy = True
+        if not dummy:
+            paged = PagedBatch(
+                attn_groups, block_tables, kv_cache_config, self.vllm_config, self.device
+            )
+            batch = self._make_batch(input_batch, paged.page_size)
+            if device is not None:
+                device.pull(batch)
+            forward = self.loop.begin(batch, paged)
+            if cudagraph_mode != CUDAGraphMode.FULL:
+                self._forward = forward
+                input_batch.logits_indices = self.loop.needed_rows()
+                return forward.metadata
+            # A graph replays the runner's rows whatever is planned: it must not write KV, and the
+            # planned forward follows it.
+            slot_mappings.fill_(PAD_SLOT_ID)
+            self.loop.postponed = True
+            input_batch.logits_indices = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return self._runner_metadata(
+            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config
+        )
 
-    def _dummy_metadata(
+    def _runner_metadata(
         self,
         input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
         attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
     ) -> dict[str, Any]:
-        num_reqs = input_batch.num_reqs
-        lengths = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
+        """Attention metadata of the rows that the runner prepared."""
+        num_reqs, num_tokens = input_batch.num_reqs, input_batch.num_tokens
+        if cudagraph_mode == CUDAGraphMode.FULL:
+            num_reqs = input_batch.num_reqs_after_padding
+            num_tokens = input_batch.num_tokens_after_padding
+        longest = input_batch.max_query_len or int(input_batch.num_scheduled_tokens.max())
         return build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_reqs,
-            num_tokens=input_batch.num_tokens,
-            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
-            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1]),
-            max_query_len=int(input_batch.num_scheduled_tokens.max()),
+            num_tokens=num_tokens,
+            query_start_loc_gpu=input_batch.query_start_loc,
+            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np),
+            max_query_len=longest,
             seq_lens=input_batch.seq_lens,
-            max_seq_len=int(lengths.max()),
+            max_seq_len=self.max_model_len,
             block_tables=block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=kv_cache_config,
-            seq_lens_cpu_upper_bound=lengths,
+            seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
             positions=input_batch.positions,
             is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
-            causal=torch.ones(num_reqs, dtype=torch.int32, device=self.device),
+            causal=self._causal[:num_reqs],
         )
 
     def _make_batch(self, input_batch: InputBatch, page_size: int) -> Batch:
@@ -200,8 +238,9 @@ class NBDiffSampler:
     scheduler reads (`NBDiffScheduler.update_from_output`).
     """
 
-    def __init__(self, loop: ForwardLoop) -> None:
+    def __init__(self, loop: ForwardLoop, device_decoder: DeviceDecoder | None) -> None:
         self.loop = loop
+        self.device_decoder = device_decoder
         # The runner updates this table of [max_num_reqs, V] when it exists; penalties are computed
         # here from the tokens themselves.
         self.penalties_state = SimpleNamespace(output_bin_counts=None)
@@ -214,12 +253,16 @@ class NBDiffSampler:
         """Nothing is staged."""
 
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
-        """Run the schedule's forwards, given the logits [n, V] of the first one's needed rows."""
-        device = self.loop.device
+        """Decide the forward, given the logits [n, V] of its needed rows, and run what follows."""
+        device, decoder = self.loop.device, self.device_decoder
         if input_batch.num_draft_tokens_per_req is None:  # a dummy batch
             none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=device)
             return SamplerOutput(none[:, None].long(), None, None, none, none)
+        if decoder is not None and decoder.serves_all(input_batch):
+            return decoder.step(logits)
         emitted, batch = self.loop.run(logits), self.loop.batch
+        if decoder is not None:
+            decoder.push(batch)
         rejected = np.where(batch.prefilling, 0, batch.scheduled - emitted.count)
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(emitted.tokens).to(device),

@@ -35,7 +35,11 @@ class NBDiffScheduler(Scheduler):
 
     def canvas_width(self, options: RequestOptions) -> int:
         """Most tokens that a schedule may emit for a request; a block is emitted whole."""
-        return options.block_length if options.mode == "diffusion" else self._config.block_length
+        if options.mode == "diffusion":
+            return options.block_length
+        # On the device a schedule is one forward: of a draft no more than its rows.
+        one_draft = self._config.decoder == "device" and options.mode != "auto"
+        return options.draft_width if one_draft else self._config.block_length
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Arm the canvases, then schedule.

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend that runs segments on the kernels of `vllm_nbdiff.kernels`.
+
+vLLM's `CUSTOM` backend once registered (`compat.register_attention_backend`). Every request of a
+batch is a segment with a causal flag on the device, so one launch serves prompts, commits and
+denoise steps, and a CUDA graph can be replayed for any mixture of the last two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.kernels.segment_attention import segment_attention, segment_attention_reference
+from vllm_nbdiff.kernels.segment_table import SegmentTable
+from vllm_nbdiff.kernels.write_kv import write_kv, write_kv_reference
+
+
+@dataclass
+class SegmentMetadata:
+    """The segments of a batch, on the device, and bounds that the host knows."""
+
+    segments: SegmentTable
+    num_tokens: int
+    max_query_len: int
+    max_kv_len: int
+
+
+class SegmentMetadataBuilder(AttentionMetadataBuilder[SegmentMetadata]):
+    """A view of the runner's own buffers, so that CUDA graphs see them change."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+
+    def __init__(
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SegmentMetadata:
+        common = common_attn_metadata
+        causal = common.causal
+        if not isinstance(causal, torch.Tensor):
+            causal = torch.full_like(common.seq_lens, int(causal))
+        return SegmentMetadata(
+            segments=SegmentTable(
+                query_start=common.query_start_loc[: common.num_reqs + 1],
+                kv_len=common.seq_lens[: common.num_reqs],
+                causal=causal[: common.num_reqs],
+                page_table=common.block_table_tensor[: common.num_reqs],
+            ),
+            num_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            max_kv_len=common.max_seq_len,
+        )
+
+
+class SegmentAttentionBackend(AttentionBackend):
+    """Attention of segments over vLLM's paged KV cache."""
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,
+    ) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @staticmethod
+    def get_impl_cls() -> type[AttentionImpl]:
+        return SegmentAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder]:
+        return SegmentMetadataBuilder
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+
+class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
+    """One layer's attention."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        **others: Any,
+    ) -> None:
+        refused = {
+            "alibi_slopes": alibi_slopes,
+            "sliding_window": sliding_window,
+            "logits_soft_cap": logits_soft_cap,
+            **{key: others.get(key) for key in ("sinks", "kv_sharing_target_layer_name")},
+        }
+        for name, value in refused.items():
+            if value:
+                raise ValueError(
+                    f"{name} is not supported by the block-diffusion attention backend; use "
+                    "--attention-backend TRITON_ATTN"
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        engine = BlockDiffusionConfig.from_vllm_config(get_current_vllm_config()).engine
+        self._attend, self._write = KERNELS[engine.attention_kernel or "triton"]
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SegmentMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of query [T, heads, head_size] into output, KV being in place."""
+        assert output_scale is None and output_block_scale is None
+        if attn_metadata is None:  # memory profiling
+            return output.fill_(0)
+        count = attn_metadata.num_tokens
+        self._attend(
+            query[:count],
+            *self._split(kv_cache),
+            attn_metadata.segments,
+            self.scale,
+            attn_metadata.max_query_len,
+            attn_metadata.max_kv_len,
+            output[:count],
+        )
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write key and value [T, kv_heads, head_size] of rows whose slot is not -1."""
+        count = len(slot_mapping)
+        self._write(key[:count], value[:count], *self._split(kv_cache), slot_mapping)
+
+    def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[pages, page_size, kv_heads, head_size] of keys and of values.
+
+        vLLM's cache is [pages, kv_heads, page_size, 2 * head_size].
+        """
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        return keys, values
+
+
+Attend = Callable[..., None]
+
+
+def _triton_attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    segments: SegmentTable,
+    scale: float,
+    max_query_len: int,
+    max_kv_len: int,
+    out: torch.Tensor,
+) -> None:
+    segment_attention(
+        q,
+        k_cache,
+        v_cache,
+        segments,
+        scale=scale,
+        max_query_len=max_query_len,
+        max_kv_len=max_kv_len,
+        out=out,
+        check_values=False,
+    )
+
+
+def _triton_write(*tensors: torch.Tensor) -> None:
+    write_kv(*tensors, check_values=False)
+
+
+def _torch_attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    segments: SegmentTable,
+    scale: float,
+    max_query_len: int,
+    max_kv_len: int,
+    out: torch.Tensor,
+) -> None:
+    found = segment_attention_reference(
+        q, k_cache, v_cache, segments, scale=scale, compute_dtype=torch.float32
+    )
+    out.copy_(found)
+
+
+KERNELS: dict[str, tuple[Attend, Callable[..., None]]] = {
+    "triton": (_triton_attend, _triton_write),
+    "torch": (_torch_attend, write_kv_reference),
+}
+"""By `nbdiff.attention_kernel`: attention and KV write."""
