@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionLayer,
     AttentionMetadataBuilder,
+    AttentionType,
     CommonAttentionMetadata,
     MultipleOf,
 )
@@ -120,20 +121,25 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
         sliding_window: int | None = None,
         kv_cache_dtype: str = "auto",
         logits_soft_cap: float | None = None,
-        **others: Any,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        refused = {
+        assert attn_type == AttentionType.DECODER
+        refused: dict[str, Any] = {
             "alibi_slopes": alibi_slopes,
             "sliding_window": sliding_window,
             "logits_soft_cap": logits_soft_cap,
-            **{key: others.get(key) for key in ("sinks", "kv_sharing_target_layer_name")},
+            "KV sharing": kv_sharing_target_layer_name,
         }
         for name, value in refused.items():
-            if value:
+            if value is not None:
                 raise ValueError(
                     f"{name} is not supported by the block-diffusion attention backend; use "
                     "--attention-backend TRITON_ATTN"
                 )
+        if sinks is not None:
+            raise ValueError("attention sinks are not supported with block diffusion")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
