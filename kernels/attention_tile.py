@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch shape of an attention program; none of it depends on a KV length."""
+"""An attention program: its launch shape, none of which depends on a KV length, and its inner step:
+one tile of keys into the running softmax of a tile of query rows.
+"""
 
 from typing import NamedTuple
 
@@ -39,3 +41,33 @@ def tile_shape(head_dim: int, group: int, max_query_len: int, itemsize: int) -> 
     block_m = max(smallest, min(128, wanted))
     block_n = 64 if head_dim <= 128 else 32
     return TileShape(block_m, block_n, num_warps=8 if block_m >= 128 else 4, num_stages=3)
+
+
+@triton.jit
+def accumulate(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    n,
+    visible,
+    scale_log2,
+    top,
+    total,
+    acc,
+    WEIGHT_DTYPE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile of keys into the running softmax; unmasked when every row sees every key."""
+    scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
+    if MASKED:
+        scores = tl.where(n[None, :] < visible[:, None], scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
+    shift = new_top
+    if MASKED:  # a row that sees no key yet keeps top = -inf; subtracting it would give NaN
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weights = tl.exp2(scores * scale_log2 - shift[:, None])
+    decay = tl.exp2(top - shift)
+    total = total * decay + tl.sum(weights, axis=1)
+    weights = weights.to(WEIGHT_DTYPE).to(q.dtype)
+    acc = tl.dot(weights, v.to(q.dtype), acc * decay[:, None], input_precision="ieee")
+    return new_top, total, acc

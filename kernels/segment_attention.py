@@ -9,46 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile import dot_dtype, tile_shape
+from .attention_tile import accumulate, dot_dtype, tile_shape
+from .kv_scales import KVScales, check_kv_scales
 from .kv_split import choose_kv_splits, combine_splits, multiprocessor_count
-from .segment_table import SegmentTable
+from .segment_table import SegmentTable, find_segment
 from .validation import FLOAT_DTYPES, require, require_tensor, values_are_checked
 
 LOG2_E = math.log2(math.e)
-
-
-@triton.jit
-def _find_segment(query_start_ptr, num_segments, block, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The segment that owns query block `block`, when segment s owns the blocks from
-    query_start[s] // BLOCK_Q + s on: room for a partial block each, known without reading lengths.
-    """
-    low = 0
-    high = num_segments
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= block:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@triton.jit
-def _accumulate(q, k, v, n, visible, scale_log2, top, total, acc, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One tile of keys into the running softmax; unmasked when every row sees every key."""
-    scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
-    if MASKED:
-        scores = tl.where(n[None, :] < visible[:, None], scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
-    shift = new_top
-    if MASKED:  # a row that sees no key yet keeps top = -inf; subtracting it would give NaN
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-    weights = tl.exp2(scores * scale_log2 - shift[:, None])
-    decay = tl.exp2(top - shift)
-    total = total * decay + tl.sum(weights, axis=1)
-    weights = weights.to(v.dtype).to(q.dtype)
-    acc = tl.dot(weights, v.to(q.dtype), acc * decay[:, None], input_precision="ieee")
-    return new_top, total, acc
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_splits", "stride_page_row"])
@@ -63,6 +30,8 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
     kv_len_ptr,
     causal_ptr,
     page_table_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     scale_log2,
     num_segments,
     num_splits,
@@ -84,6 +53,7 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    HAS_KV_SCALES: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -91,7 +61,7 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
 
-    segment = _find_segment(query_start_ptr, num_segments, block, BLOCK_Q)
+    segment = find_segment(query_start_ptr, num_segments, block, BLOCK_Q)
     start = tl.load(query_start_ptr + segment)
     rows = tl.load(query_start_ptr + segment + 1) - start
     first = (block - start // BLOCK_Q - segment) * BLOCK_Q
@@ -113,6 +83,8 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
         q_row[:, None] + dim[None, :], mask=row_mask[:, None] & dim_mask[None, :], other=0.0
     )
     q = q.to(DOT_DTYPE)
+    if HAS_KV_SCALES:
+        scale_log2 *= tl.load(k_scale_ptr)
 
     visible = tl.where(causal != 0, kv_len - rows + query + 1, kv_len)
     last_row = tl.minimum(first + BLOCK_Q, rows) - 1
@@ -144,9 +116,23 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
             k = tl.load(k_row[:, None] + dim[None, :], mask=kv_mask, other=0.0)
             v_row = v_head + page * stride_v_page + slot * stride_v_slot
             v = tl.load(v_row[:, None] + dim[None, :], mask=kv_mask, other=0.0)
-            top, total, acc = _accumulate(q, k, v, n, visible, scale_log2, top, total, acc, MASKED)
+            top, total, acc = accumulate(
+                q,
+                k,
+                v,
+                n,
+                visible,
+                scale_log2,
+                top,
+                total,
+                acc,
+                q_ptr.dtype.element_ty,
+                MASKED,
+            )
 
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if HAS_KV_SCALES:
+        out *= tl.load(v_scale_ptr)
     if SPLIT:
         num_q_heads = tl.num_programs(1) * GROUP
         part = (token * num_q_heads + q_head) * num_splits + split
@@ -167,6 +153,7 @@ def _validate(
     segments: SegmentTable,
     scale: float,
     out: Tensor,
+    kv_scales: KVScales | None,
     check_values: bool | None,
 ) -> None:
     device = q.device
@@ -174,8 +161,9 @@ def _validate(
     num_tokens, num_q_heads, head_dim = q.shape
     require(scale > 0, "scale", f"{scale} is not positive")
     require(head_dim >= 16, "q", f"head_dim {head_dim}, the smallest supported is 16")
-    require_tensor("k_cache", k_cache, (None, None, None, head_dim), (q.dtype,), device)
-    require_tensor("v_cache", v_cache, tuple(k_cache.shape), (q.dtype,), device)
+    dtype = check_kv_scales(kv_scales, k_cache, q.dtype, device)
+    require_tensor("k_cache", k_cache, (None, None, None, head_dim), (dtype,), device)
+    require_tensor("v_cache", v_cache, tuple(k_cache.shape), (dtype,), device)
     num_pages, page_size, num_kv_heads = k_cache.shape[:3]
     divides = num_kv_heads > 0 and num_q_heads % num_kv_heads == 0
     require(divides, "q", f"{num_q_heads} heads are no multiple of {num_kv_heads} KV heads")
@@ -196,6 +184,7 @@ def segment_attention(
     max_kv_len: int | None = None,
     num_kv_splits: int | None = None,
     out: Tensor | None = None,
+    kv_scales: KVScales | None = None,
     check_values: bool | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v of every segment's rows over its pages, in one launch (two if split).
@@ -205,14 +194,16 @@ def segment_attention(
 
     Args:
         q: [num_tokens, num_q_heads, head_dim] fp16, bf16 or fp32, last dimension contiguous.
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], q's dtype, any strides
-            with a contiguous last dimension. The KV of all rows is already in place.
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], q's dtype or, with
+            `kv_scales`, fp8 e4m3; any strides with a contiguous last dimension. The KV of all rows
+            is already in place.
         segments: the segment table, int32 on q's device.
         scale: positive factor of the scores, usually head_dim ** -0.5.
         max_query_len: upper bound of rows per segment (default num_tokens); picks the tile.
         max_kv_len: upper bound of kv_len in tokens (default the page table's capacity).
         num_kv_splits: parts the keys are cut into (default: enough to fill the GPU).
         out: like q; allocated when None. Rows at and after `query_start[-1]` are not written.
+        kv_scales: factors of an fp8 cache.
         check_values: read the table back and check it (a device synchronisation); None checks on
             CPU only.
 
@@ -223,7 +214,7 @@ def segment_attention(
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
     """
     out = torch.empty_like(q) if out is None else out
-    _validate(q, k_cache, v_cache, segments, scale, out, check_values)
+    _validate(q, k_cache, v_cache, segments, scale, out, kv_scales, check_values)
     num_tokens, num_q_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[1:3]
     if num_tokens == 0 or segments.num_segments == 0:
@@ -258,6 +249,7 @@ def segment_attention(
         segments.kv_len,
         segments.causal,
         segments.page_table,
+        *(kv_scales or (q, q)),  # not read unless HAS_KV_SCALES
         scale * LOG2_E,
         segments.num_segments,
         num_kv_splits,
@@ -273,6 +265,7 @@ def segment_attention(
         BLOCK_N=tile.block_n,
         BLOCK_D=triton.next_power_of_2(head_dim),
         DOT_DTYPE=dot_dtype(q.dtype),
+        HAS_KV_SCALES=kv_scales is not None,
         SPLIT=split,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -289,6 +282,7 @@ def segment_attention_reference(
     segments: SegmentTable,
     *,
     scale: float,
+    kv_scales: KVScales | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Plain PyTorch `segment_attention` in `compute_dtype`, one segment at a time.
@@ -298,6 +292,9 @@ def segment_attention_reference(
     """
     out = torch.zeros(q.shape, dtype=compute_dtype, device=q.device)
     group = q.shape[1] // k_cache.shape[2]
+    if kv_scales is not None:
+        k_cache = k_cache.to(compute_dtype) * kv_scales.key
+        v_cache = v_cache.to(compute_dtype) * kv_scales.value
     starts = segments.query_start.tolist()
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
         rows, kv_len = stop - start, int(segments.kv_len[index])

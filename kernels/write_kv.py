@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kv_scales import KVScales, check_kv_scales, to_fp8, to_fp8_reference
 from .validation import FLOAT_DTYPES, require, require_tensor, values_are_checked
 
 
@@ -16,6 +17,8 @@ def _write_kv_kernel(  # type: ignore[no-untyped-def]
     k_cache_ptr,
     v_cache_ptr,
     slot_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     num_kv_heads,
     stride_key_token,
     stride_key_head,
@@ -31,6 +34,7 @@ def _write_kv_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_KV_SCALES: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token)
@@ -43,12 +47,16 @@ def _write_kv_kernel(  # type: ignore[no-untyped-def]
     mask = (head < num_kv_heads) & (dim < HEAD_DIM)
 
     key = tl.load(key_ptr + token * stride_key_token + head * stride_key_head + dim, mask=mask)
+    if HAS_KV_SCALES:
+        key = to_fp8(key, k_scale_ptr)
     k_row = k_cache_ptr + page * stride_k_page + offset * stride_k_slot
     tl.store(k_row + head * stride_k_head + dim, key, mask=mask)
 
     value = tl.load(
         value_ptr + token * stride_value_token + head * stride_value_head + dim, mask=mask
     )
+    if HAS_KV_SCALES:
+        value = to_fp8(value, v_scale_ptr)
     v_row = v_cache_ptr + page * stride_v_page + offset * stride_v_slot
     tl.store(v_row + head * stride_v_head + dim, value, mask=mask)
 
@@ -59,14 +67,16 @@ def _validate(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    kv_scales: KVScales | None,
     check_values: bool | None,
 ) -> None:
     device = key.device
     require_tensor("key", key, (None, None, None), FLOAT_DTYPES, device)
     require_tensor("value", value, tuple(key.shape), (key.dtype,), device)
     heads, head_dim = key.shape[1:]
-    require_tensor("k_cache", k_cache, (None, None, heads, head_dim), (key.dtype,), device)
-    require_tensor("v_cache", v_cache, tuple(k_cache.shape), (key.dtype,), device)
+    dtype = check_kv_scales(kv_scales, k_cache, key.dtype, device)
+    require_tensor("k_cache", k_cache, (None, None, heads, head_dim), (dtype,), device)
+    require_tensor("v_cache", v_cache, tuple(k_cache.shape), (dtype,), device)
     require_tensor("slot_mapping", slot_mapping, (key.shape[0],), (torch.int64,), device)
     if values_are_checked(check_values, device):
         slots = k_cache.shape[0] * k_cache.shape[1]
@@ -81,6 +91,7 @@ def write_kv(
     v_cache: Tensor,
     slot_mapping: Tensor,
     *,
+    kv_scales: KVScales | None = None,
     check_values: bool | None = None,
 ) -> None:
     """Store key and value rows at their slots; slot -1 skips a token.
@@ -88,15 +99,16 @@ def write_kv(
     Args:
         key, value: [num_tokens, num_kv_heads, head_dim], fp16, bf16 or fp32.
         k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], any strides with a
-            contiguous last dimension, same dtype; written in place.
+            contiguous last dimension, same dtype or, with `kv_scales`, fp8 e4m3; written in place.
         slot_mapping: [num_tokens] int64, page * page_size + offset, or -1.
+        kv_scales: an fp8 cache takes key and value divided by them, at most 448 in magnitude.
         check_values: read slot_mapping back and check its range (a device synchronisation);
             None checks on CPU only.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
     """
-    _validate(key, value, k_cache, v_cache, slot_mapping, check_values)
+    _validate(key, value, k_cache, v_cache, slot_mapping, kv_scales, check_values)
     num_tokens, num_kv_heads, head_dim = key.shape
     if num_tokens == 0:
         return
@@ -106,6 +118,7 @@ def write_kv(
         k_cache,
         v_cache,
         slot_mapping,
+        *(kv_scales or (key, key)),  # not read unless HAS_KV_SCALES
         num_kv_heads,
         *key.stride()[:2],
         *value.stride()[:2],
@@ -115,13 +128,22 @@ def write_kv(
         HEAD_DIM=head_dim,
         BLOCK_H=triton.next_power_of_2(num_kv_heads),
         BLOCK_D=triton.next_power_of_2(head_dim),
+        HAS_KV_SCALES=kv_scales is not None,
     )
 
 
 def write_kv_reference(
-    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """Plain PyTorch `write_kv`."""
+    if kv_scales is not None:
+        key, value = to_fp8_reference(key, kv_scales.key), to_fp8_reference(value, kv_scales.value)
     kept = slot_mapping >= 0
     page_size = k_cache.shape[1]
     page, offset = slot_mapping[kept] // page_size, slot_mapping[kept] % page_size

@@ -27,6 +27,7 @@ TRITON_TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
@@ -67,21 +68,25 @@ def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **k
     print(f"{kernel.__name__} {registers} {stack} {compiled.metadata.shared}", flush=True)
 
 
-def launch_attention(dtype: torch.dtype) -> None:
+def launch_attention(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     """NBDiff-7B: 32 query rows, 32/8 heads of 128."""
+    from vllm_nbdiff.kernels.kv_scales import KVScales
     from vllm_nbdiff.kernels.segment_attention import segment_attention
     from vllm_nbdiff.kernels.segment_table import SegmentTable
     from vllm_nbdiff.kernels.write_kv import write_kv
 
-    cache = torch.zeros(2, 2, 16, 8, 128, dtype=dtype)
+    cache = torch.zeros(2, 2, 16, 8, 128, dtype=cache_dtype)
     k_cache, v_cache = cache.unbind(1)
+    scales = KVScales(torch.tensor(1.0), torch.tensor(1.0)) if cache_dtype != dtype else None
     new = torch.zeros(32, 8, 128, dtype=dtype)
-    write_kv(new, new, k_cache, v_cache, torch.arange(32))
+    write_kv(new, new, k_cache, v_cache, torch.arange(32), kv_scales=scales)
     start, length, causal = (torch.tensor(x, dtype=torch.int32) for x in ([0, 32], [32], [0]))
     table = SegmentTable(start, length, causal, torch.tensor([[0, 1]], dtype=torch.int32))
     q = torch.zeros(32, 32, 128, dtype=dtype)
     for splits in (1, 4):
-        segment_attention(q, k_cache, v_cache, table, scale=0.1, num_kv_splits=splits)
+        segment_attention(
+            q, k_cache, v_cache, table, scale=0.1, num_kv_splits=splits, kv_scales=scales
+        )
 
 
 def launch_rows(dtype: torch.dtype) -> None:
@@ -132,8 +137,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     JITFunction.run = compile_launch
     for dtype in (torch.bfloat16, torch.float32):
-        launch_attention(dtype)
+        launch_attention(dtype, dtype)
         launch_rows(dtype)
+    launch_attention(torch.bfloat16, torch.float8_e4m3fn)
     launch_canvas_update()
 
 

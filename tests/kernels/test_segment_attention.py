@@ -1,87 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segment attention against its fp64 reference, in the interpreter."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import Tensor
 from vllm_nbdiff.kernels.attention_tile import tile_shape
 from vllm_nbdiff.kernels.kv_split import MAX_SPLITS, choose_kv_splits
-from vllm_nbdiff.kernels.segment_attention import (
-    segment_attention,
-    segment_attention_reference,
-)
-from vllm_nbdiff.kernels.segment_table import SegmentTable
+from vllm_nbdiff.kernels.segment_attention import segment_attention
+
+from tests.kernels.attention_cases import Case, Segment, assert_as_good_as_eager, make_case
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-UNTOUCHED = 7.0
-
-
-class Segment(NamedTuple):
-    rows: int
-    kv_len: int
-    causal: int
-
-
-class Case(NamedTuple):
-    q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    segments: SegmentTable
-
-    @property
-    def scale(self) -> float:
-        return float(self.q.shape[-1] ** -0.5)
-
-
-def make_case(
-    segments: list[Segment],
-    dtype: torch.dtype = torch.float32,
-    heads: tuple[int, int] = (4, 2),
-    head_dim: int = 32,
-    page_size: int = 16,
-    extra_rows: int = 0,
-    page_table: Tensor | None = None,
-) -> Case:
-    """Random inputs; pages no segment uses, page tails and extra rows hold NaN."""
-    rows = torch.tensor([segment.rows for segment in segments])
-    kv_len = torch.tensor([segment.kv_len for segment in segments], dtype=torch.int32)
-    width = max(1, -(-int(kv_len.max()) // page_size))
-    if page_table is None:
-        page_table = torch.randperm(len(segments) * width).view(len(segments), width).int()
-    num_pages = int(page_table.max()) + 2
-
-    # vLLM keeps K and V of a page side by side and hands out the two halves as strided views.
-    cache = torch.full((num_pages, 2, page_size, heads[1], head_dim), torch.nan)
-    for row, length in enumerate(kv_len.tolist()):
-        keys = torch.arange(length)
-        place = (page_table[row, keys // page_size].long(), slice(None), keys % page_size)
-        cache[place] = torch.randn(length, 2, heads[1], head_dim)
-    k_cache, v_cache = cache.to(dtype).unbind(1)
-
-    total = int(rows.sum())
-    q = torch.full((total + extra_rows, heads[0], head_dim), torch.nan)
-    q[:total] = torch.randn(total, heads[0], head_dim)
-    start = torch.nn.functional.pad(rows.cumsum(0), (1, 0)).int()
-    causal = torch.tensor([segment.causal for segment in segments], dtype=torch.int32)
-    return Case(q.to(dtype), k_cache, v_cache, SegmentTable(start, kv_len, causal, page_table))
-
-
-def assert_as_good_as_eager(case: Case, **launch: int) -> None:
-    """The kernel's error against fp64 is at most twice that of eager PyTorch in the input dtype;
-    rows of no segment are left as they were.
-    """
-    used = int(case.segments.query_start[-1])
-    exact = segment_attention_reference(*case, scale=case.scale)[:used]
-    eager = segment_attention_reference(*case, scale=case.scale, compute_dtype=case.q.dtype)[:used]
-    out = torch.full_like(case.q, UNTOUCHED)
-    ours = segment_attention(*case, scale=case.scale, out=out, **launch)
-    assert (ours[used:] == UNTOUCHED).all()
-    bound = 2 * (eager.double() - exact).abs().max()
-    assert (ours[:used].double() - exact).abs().max() <= bound
 
 
 MIXED = [
@@ -102,10 +31,11 @@ def test_segments_of_every_kind_in_one_call(dtype: torch.dtype, num_kv_splits: i
     assert_as_good_as_eager(case, num_kv_splits=num_kv_splits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
-def test_head_sizes(head_dim: int) -> None:
+def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
     segments = [Segment(9, 75, 1), Segment(5, 33, 0)]
-    assert_as_good_as_eager(make_case(segments, torch.bfloat16, head_dim=head_dim))
+    assert_as_good_as_eager(make_case(segments, dtype, head_dim=head_dim))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (7, 1), (20, 1)], ids=str)
@@ -156,6 +86,29 @@ def test_block_causal_prefill_is_one_segment_per_block() -> None:
         case.q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=mask
     )
     torch.testing.assert_close(ours, dense.transpose(0, 1))
+
+
+def test_every_mask_of_block_diffusion_in_one_call() -> None:
+    """Requests of one segment each, and of several that share their pages."""
+    requests = [
+        [Segment(37, 37, 1)],  # prefill
+        [Segment(8, 61, 1)],  # commit
+        [Segment(8, 72, 0)],  # denoise
+        [Segment(8, 48, 1), Segment(8, 56, 0)],  # commit fused with the next block's first denoise
+        [Segment(5, 53, 1), Segment(8, 61, 0)],  # 5 drafted tokens verified, the next ones drafted
+        [Segment(8, end, 0) for end in range(8, 41, 8)] + [Segment(5, 45, 0)],  # in blocks of 8
+        [Segment(6, 30, 0), Segment(3, 61, 0), Segment(1, 90, 0)],  # infilling, three windows
+    ]
+    pages = torch.randperm(len(requests) * 6).view(-1, 6).int()
+    owner = [index for index, segments in enumerate(requests) for _ in segments]
+    segments = [segment for request in requests for segment in request]
+    assert_as_good_as_eager(make_case(segments, torch.bfloat16, page_table=pages[owner]))
+
+
+def test_contexts_from_none_to_4096_in_one_call() -> None:
+    contexts = [0, 1, 15, 16, 17, 511, 4096]
+    segments = [Segment(2, context + 2, 0) for context in contexts]
+    assert_as_good_as_eager(make_case(segments, heads=(2, 1)), max_query_len=2, num_kv_splits=4)
 
 
 def test_257_requests() -> None:
@@ -225,6 +178,10 @@ def test_wrong_arguments_are_named() -> None:
     for argument, wrong in bad.items():
         with pytest.raises(ValueError, match=f"^{argument}: "):
             segment_attention(*wrong, scale=1.0)
+    with pytest.raises(ValueError, match=r"^out: "):
+        segment_attention(*case, scale=1.0, out=case.q[:4])
+    with pytest.raises(ValueError, match=r"^num_kv_splits: "):
+        segment_attention(*case, scale=1.0, num_kv_splits=0)
 
 
 def test_scale_must_be_positive() -> None:
@@ -235,15 +192,18 @@ def test_scale_must_be_positive() -> None:
 
 def test_impossible_values_are_named() -> None:
     case = make_case([Segment(4, 20, 1), Segment(4, 30, 0)])
+    table = case.segments
     bad = {
         "query_start": {"query_start": torch.tensor([0, 4, 9], dtype=torch.int32)},
         "kv_len": {"kv_len": torch.tensor([3, 30], dtype=torch.int32)},
         "causal": {"causal": torch.tensor([1, 2], dtype=torch.int32)},
-        "page_table": {"page_table": case.segments.page_table + 2},
+        "page_table": {"page_table": table.page_table + 2},
     }
     for argument, fields in bad.items():
         with pytest.raises(ValueError, match=f"^{argument}: "):
             segment_attention(*_with(case, **fields), scale=1.0)
+    with pytest.raises(ValueError, match=r"^page_table: "):
+        segment_attention(*_with(case, page_table=table.page_table - 10), scale=1.0)
     with pytest.raises(ValueError, match=r"^kv_len: exceeds"):
         too_long = torch.tensor([20, 33], dtype=torch.int32)
         segment_attention(*_with(case, kv_len=too_long), scale=1.0)

@@ -5,7 +5,6 @@ absence says. The former needs Triton up to 3.8, TRITON_INTERPRET=1 and XFORMERS
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -13,38 +12,23 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 from vllm_nbdiff.kernels import xformers_attention as module
 from vllm_nbdiff.kernels.segment_attention import segment_attention_reference
-from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.xformers_attention import xformers_attention
 
-SEGMENTS = [  # rows, KV length, causal
-    (37, 37, 1),  # prefill from nothing
-    (20, 213, 1),  # a later chunk of a prefill
-    (32, 160, 0),  # denoise
-    (32, 128, 1),  # commit
-    (1, 150, 1),  # AR decode
-    (0, 0, 0),  # padding
-    (1, 1, 0),  # one row, one key
+from tests.kernels.attention_cases import Case, Segment, make_case
+
+CASE = [
+    Segment(rows=37, kv_len=37, causal=1),  # prefill from nothing
+    Segment(rows=20, kv_len=213, causal=1),  # a later chunk of a prefill
+    Segment(rows=32, kv_len=160, causal=0),  # denoise
+    Segment(rows=32, kv_len=128, causal=1),  # commit
+    Segment(rows=1, kv_len=150, causal=1),  # AR decode
+    Segment(rows=0, kv_len=0, causal=0),  # padding
+    Segment(rows=1, kv_len=1, causal=0),  # one row, one key
 ]
 
 
-def make_case(page_size: int = 64, head_dim: int = 32) -> dict[str, Any]:
-    """4/2 heads, K and V of a page side by side, NaN in what no segment sees."""
-    rows, kv_len, causal = torch.tensor(SEGMENTS, dtype=torch.int32).T.contiguous().unbind()
-    width = -(-int(kv_len.max()) // page_size)
-    table = torch.randperm(len(SEGMENTS) * width).view(-1, width).int()
-    cache = torch.full((table.numel(), 2, page_size, 2, head_dim), torch.nan, dtype=torch.float16)
-    for segment, length in enumerate(kv_len.tolist()):
-        keys = torch.arange(length)
-        place = (table[segment, keys // page_size].long(), slice(None), keys % page_size)
-        cache[place] = torch.randn(length, 2, 2, head_dim).half()
-    start = torch.nn.functional.pad(rows.cumsum(0), (1, 0)).int()
-    return {
-        "q": torch.randn(int(rows.sum()), 4, head_dim).half(),
-        "k_cache": cache[:, 0],
-        "v_cache": cache[:, 1],
-        "segments": SegmentTable(start, kv_len, causal, table),
-        "scale": head_dim**-0.5,
-    }
+def case_of(page_size: int = 64) -> Case:
+    return make_case(CASE, torch.float16, page_size=page_size)
 
 
 @pytest.fixture
@@ -63,11 +47,12 @@ def xformers_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("xformers_on_cpu")
 def test_segments_of_every_kind_in_one_call() -> None:
     """As exact as eager fp16, by the bound of `test_segment_attention.py`."""
-    case = make_case()
-    exact = segment_attention_reference(**case)
-    eager = segment_attention_reference(**case, compute_dtype=torch.float16)
+    case = case_of()
+    exact = segment_attention_reference(*case, scale=case.scale)
+    eager = segment_attention_reference(*case, scale=case.scale, compute_dtype=torch.float16)
     bound = 2 * (eager.double() - exact).abs().max()
-    assert (xformers_attention(**case).double() - exact).abs().max() <= bound
+    ours = xformers_attention(*case, scale=case.scale)
+    assert (ours.double() - exact).abs().max() <= bound
 
 
 def test_without_the_package_the_error_says_what_to_install(
@@ -75,12 +60,12 @@ def test_without_the_package_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'vllm-nbdiff\[xformers\]'"):
-        xformers_attention(**make_case())
+        xformers_attention(*case_of(), scale=1.0)
 
 
 def test_a_causal_segment_is_cut_and_each_part_sees_its_own_keys() -> None:
     """37 rows of 37 keys: 16, 16 and 5 rows. One row needs no causal bias."""
-    pieces = module._pieces(make_case()["segments"])
+    pieces = module._pieces(case_of().segments)
     prefill = [(p.first_row, p.rows, p.kv_len, p.causal) for p in pieces if p.segment == 0]
     assert prefill == [(0, 16, 16, True), (16, 16, 32, True), (32, 5, 37, True)]
     denoise, decode, single = ([p for p in pieces if p.segment == s] for s in (2, 4, 6))
@@ -103,18 +88,21 @@ def test_the_cache_as_one_sequence(pages_side_by_side: int) -> None:
 
 def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_import_fmha", lambda: None)
-    case = make_case()
-    table = case["segments"]
+    case = case_of()
+    table = case.segments
     bad = {
-        "q": {"q": case["q"].float()},
-        "k_cache": make_case(page_size=16),
-        "v_cache": {"v_cache": case["v_cache"].contiguous()},
-        "scale": {"scale": 0.0},
-        "kv_len": {"segments": table._replace(kv_len=table.kv_len.long())},
-        "causal": {"segments": table._replace(causal=table.causal[:-1])},
-        "query_start": {"segments": table._replace(query_start=table.query_start.to("meta"))},
-        "page_table": {"segments": table._replace(page_table=table.page_table + 10**6)},
+        "q": case._replace(q=case.q.float()),
+        "k_cache": case_of(page_size=16),
+        "v_cache": case._replace(v_cache=case.v_cache.contiguous()),
+        "kv_len": case._replace(segments=table._replace(kv_len=table.kv_len.long())),
+        "causal": case._replace(segments=table._replace(causal=table.causal[:-1])),
+        "query_start": case._replace(
+            segments=table._replace(query_start=table.query_start.to("meta"))
+        ),
+        "page_table": case._replace(segments=table._replace(page_table=table.page_table + 10**6)),
     }
-    for argument, change in bad.items():
+    for argument, wrong in bad.items():
         with pytest.raises(ValueError, match=f"^{argument}: "):
-            xformers_attention(**{**case, **change})
+            xformers_attention(*wrong, scale=1.0)
+    with pytest.raises(ValueError, match=r"^scale: "):
+        xformers_attention(*case, scale=0.0)
