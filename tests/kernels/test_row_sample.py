@@ -116,6 +116,8 @@ def test_rows_that_are_not_needed(dtype: torch.dtype) -> None:
         kept = needed != 0
         assert torch.equal(ours.token, everything.token.where(kept, -1))
         assert torch.equal(ours.probability, everything.probability.where(kept, 0.0))
+        none = row_sample(block, **drawn, needed=torch.zeros_like(needed))
+        assert (none.token == -1).all() and (none.probability == 0).all()
 
 
 def test_a_row_without_tokens() -> None:

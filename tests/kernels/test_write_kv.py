@@ -8,17 +8,17 @@ from vllm_nbdiff.kernels.write_kv import write_kv, write_kv_reference
 
 
 def make_cache(dtype: torch.dtype, page_size: int = 5, heads: int = 3) -> tuple[Tensor, Tensor]:
-    k_cache, v_cache = torch.randn(7, 2, page_size, heads, 24).to(dtype).unbind(1)
+    k_cache, v_cache = torch.randn(53, 2, page_size, heads, 24).to(dtype).unbind(1)
     return k_cache, v_cache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("num_tokens", [0, 1, 13])
+@pytest.mark.parametrize("num_tokens", [0, 1, 13, 257])
 def test_writes_slots_and_nothing_else(dtype: torch.dtype, num_tokens: int) -> None:
     k_cache, v_cache = make_cache(dtype)
     expected_k, expected_v = k_cache.clone(), v_cache.clone()
     key, value = torch.randn(num_tokens, 6, 24).to(dtype).split(3, dim=1)
-    slots = torch.randperm(35)[:num_tokens]
+    slots = torch.randperm(265)[:num_tokens]
     slots[::4] = -1
     write_kv_reference(key, value, expected_k, expected_v, slots)
     write_kv(key, value, k_cache, v_cache, slots)
@@ -40,6 +40,6 @@ def test_wrong_arguments_are_named() -> None:
     for argument, wrong in bad.items():
         with pytest.raises(ValueError, match=f"^{argument}: "):
             write_kv(**{**good, argument: wrong}, slot_mapping=slots)
-    for wrong_slots in (slots.int(), slots - 2, slots + 32):
+    for wrong_slots in (slots.int(), slots - 2, slots + 262):
         with pytest.raises(ValueError, match=r"^slot_mapping: "):
             write_kv(**good, slot_mapping=wrong_slots)
