@@ -296,9 +296,10 @@ def row_sample_reference(
     step: Tensor,
     temperature: Tensor | None = None,
     bias: Tensor | None = None,
+    needed: Tensor | None = None,
     **filters: Tensor | None,
 ) -> RowSample:
-    """Plain PyTorch `row_sample` in fp64, for needed rows with a finite logit."""
+    """Plain PyTorch `row_sample` in fp64, for rows with a finite logit."""
     shape = {"temperature": temperature, "bias": bias}
     p = filtered_probabilities_reference(logits, **shape, **filters)
     cdf = p.cumsum(dim=-1)
@@ -309,4 +310,8 @@ def row_sample_reference(
         greedy = temperature < GREEDY_BELOW.value
         token = torch.where(greedy, unfiltered.argmax(dim=-1), token)
         p = torch.where(greedy[:, None], unfiltered, p)
-    return RowSample(token.int(), p.gather(-1, token[:, None])[:, 0].float())
+    probability = p.gather(-1, token[:, None])[:, 0].float()
+    if needed is not None:
+        token = token.where(needed != 0, -1)
+        probability = probability.where(needed != 0, 0.0)
+    return RowSample(token.int(), probability)

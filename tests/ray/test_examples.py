@@ -23,7 +23,7 @@ def test_ray_data_batch(ray_environment: dict[str, str]) -> None:
         env=ray_environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
@@ -45,7 +45,7 @@ def test_ray_serve_and_its_client(ray_environment: dict[str, str], tmp_path: Pat
     with log.open("wb") as output:
         server = subprocess.Popen(command, env=ray_environment, stdout=output, stderr=output)
     try:
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + 900
         while not is_running():
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(1)
@@ -53,7 +53,7 @@ def test_ray_serve_and_its_client(ray_environment: dict[str, str], tmp_path: Pat
             [PYTHON, str(EXAMPLES / "openai_client.py"), url],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=400,
             check=False,
         )
         server.send_signal(signal.SIGINT)

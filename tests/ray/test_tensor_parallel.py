@@ -68,7 +68,7 @@ def test_golden_with_two_workers(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     answers = [line for line in run.stdout.splitlines() if line.startswith("[[")]

@@ -100,7 +100,7 @@ class CanvasState:
         self.min_p[slot] = params.min_p
         self.seed[slot] = drawn if params.seed is None else params.seed
         assert params.max_tokens is not None
-        self.last_position[slot] = prompt_len + params.max_tokens - 1
+        self.last_position[slot] = min(prompt_len + params.max_tokens, self.max_model_len) - 1
         self._set_stop_ids(slot, params)
         self.constraints.pop(slot, None)
         constraints = Constraints.from_params(params, torch.device("cpu"))
