@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An attention program: its launch shape, none of which depends on a KV length, and its inner step:
-one tile of keys into the running softmax of a tile of query rows.
+"""An attention program: its launch shape, which depends on no KV length, the segment it works on,
+and its inner step: a tile of keys into the running softmax of a tile of query rows.
 """
 
 from typing import NamedTuple
@@ -41,6 +41,22 @@ def tile_shape(head_dim: int, group: int, max_query_len: int, itemsize: int) -> 
     block_m = max(smallest, min(128, wanted))
     block_n = 64 if head_dim <= 128 else 32
     return TileShape(block_m, block_n, num_warps=8 if block_m >= 128 else 4, num_stages=3)
+
+
+@triton.jit
+def find_segment(query_start_ptr, num_segments, block, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The segment that owns query block `block`, when segment s owns the blocks from
+    query_start[s] // BLOCK_Q + s on: room for a partial block each, known without reading lengths.
+    """
+    low = 0
+    high = num_segments
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= block:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 @triton.jit

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile import accumulate, dot_dtype, tile_shape
+from .attention_tile import accumulate, dot_dtype, find_segment, tile_shape
 from .kv_scales import KVScales, check_kv_scales
 from .kv_split import choose_kv_splits, combine_splits, multiprocessor_count
-from .segment_table import SegmentTable, find_segment
+from .segment_table import SegmentTable
 from .validation import FLOAT_DTYPES, require, require_tensor, values_are_checked
 
 LOG2_E = math.log2(math.e)

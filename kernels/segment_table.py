@@ -4,8 +4,6 @@
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .validation import require, require_tensor
@@ -67,19 +65,3 @@ class SegmentTable(NamedTuple):
         ids = self.page_table.cpu()[used]
         valid = bool(((ids >= 0) & (ids < num_pages)).all())
         require(valid, "page_table", f"page id outside [0, {num_pages})")
-
-
-@triton.jit
-def find_segment(query_start_ptr, num_segments, block, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The segment that owns query block `block`, when segment s owns the blocks from
-    query_start[s] // BLOCK_Q + s on: room for a partial block each, known without reading lengths.
-    """
-    low = 0
-    high = num_segments
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= block:
-            low = middle
-        else:
-            high = middle
-    return low
