@@ -57,6 +57,58 @@ def test_thresholds_belong_to_their_rule() -> None:
         threshold("margin", nbdiff_threshold=1.5)
 
 
+FREEDAVE = {"nbdiff_algorithm": "freedave"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("nbdiff_threshold", 0.9),
+        ("diffusion_max_steps", 4),
+        ("nbdiff_fused_commit", 1),
+        ("nbdiff_block_cache", 1),
+        ("nbdiff_mode", "verify"),
+        ("nbdiff_mode", "ar"),
+        ("nbdiff_draft_length", 8),
+        ("nbdiff_draft_steps", 0),
+    ],
+)
+def test_freedave_refuses_what_it_cannot_honour(key: str, value: Any) -> None:
+    params = SamplingParams(temperature=0, extra_args={**FREEDAVE, key: value})
+    with pytest.raises(VLLMValidationError, match=key if value != "ar" else "nbdiff_algorithm"):
+        validate_request(params, [1, 2], config())
+
+
+def test_freedave_is_greedy() -> None:
+    validate_request(SamplingParams(temperature=0, extra_args=FREEDAVE), [1], config())
+    for served, extra in [(config(), FREEDAVE), (config(algorithm="freedave"), None)]:
+        with pytest.raises(VLLMValidationError, match="freedave .* temperature=0") as error:
+            validate_request(SamplingParams(temperature=0.5, extra_args=extra), [1], served)
+        assert error.value.parameter == "temperature"
+
+
+def test_freedave_among_the_defaults() -> None:
+    def drafts(served: BlockDiffusionConfig, **extra: Any) -> int:
+        return parse_options(extra, served).num_drafts
+
+    assert drafts(config(), **FREEDAVE) == 3
+    assert drafts(config(), **FREEDAVE, nbdiff_draft_steps=1) == 0
+    # No more than a sub-block has positions.
+    assert drafts(config(), **FREEDAVE, nbdiff_draft_steps=99) == 8
+    assert drafts(config(draft_steps=2), **FREEDAVE) == 1
+    assert drafts(config(threshold=0.5), **FREEDAVE) == 3
+    served = config(algorithm="freedave", draft_steps=6)
+    assert drafts(served) == 5 and drafts(served, nbdiff_algorithm="entropy") == 0
+    assert parse_options({"nbdiff_mode": "ar"}, served).algorithm == "confidence"
+    with pytest.raises(ValueError, match="nbdiff_draft_steps does not apply"):
+        parse_options({"nbdiff_algorithm": "entropy", "nbdiff_draft_steps": 2}, served)
+    assert drafts(config(fused_commit=True), **FREEDAVE, nbdiff_fused_commit=0) == 3
+    with pytest.raises(ValueError, match="nbdiff_fused_commit=True .*freedave"):
+        parse_options(FREEDAVE, config(fused_commit=True))
+    with pytest.raises(ValueError, match="diffusion_max_steps=8 .*freedave"):
+        config(algorithm="freedave", max_steps=8)
+
+
 def test_other_extra_args_pass() -> None:
     assert parse_options({"kv_transfer_params": {}}, config()) == config().defaults
 

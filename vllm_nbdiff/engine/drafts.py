@@ -177,7 +177,7 @@ def last_right(target: np.ndarray, num_reqs: int, drafts: Drafts) -> np.ndarray:
     """
     last = np.arange(num_reqs)
     reached = np.zeros_like(last)
-    for level in range(1, int(drafts.level.max()) + 1):
+    for level in range(1, int(drafts.level.max(initial=0)) + 1):
         index = np.flatnonzero(drafts.level == level)
         owner = drafts.owner[index]
         right = (drafts.canvas[index] == target[last[owner]]).all(1) & (reached[owner] == level - 1)
