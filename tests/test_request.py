@@ -82,7 +82,7 @@ def test_freedave_refuses_what_it_cannot_honour(key: str, value: Any) -> None:
 def test_freedave_is_greedy() -> None:
     validate_request(SamplingParams(temperature=0, extra_args=FREEDAVE), [1], config())
     for served, extra in [(config(), FREEDAVE), (config(algorithm="freedave"), None)]:
-        with pytest.raises(VLLMValidationError, match="freedave .* temperature=0") as error:
+        with pytest.raises(VLLMValidationError, match=r"freedave .* temperature=0") as error:
             validate_request(SamplingParams(temperature=0.5, extra_args=extra), [1], served)
         assert error.value.parameter == "temperature"
 
@@ -103,9 +103,9 @@ def test_freedave_among_the_defaults() -> None:
     with pytest.raises(ValueError, match="nbdiff_draft_steps does not apply"):
         parse_options({"nbdiff_algorithm": "entropy", "nbdiff_draft_steps": 2}, served)
     assert drafts(config(fused_commit=True), **FREEDAVE, nbdiff_fused_commit=0) == 3
-    with pytest.raises(ValueError, match="nbdiff_fused_commit=True .*freedave"):
+    with pytest.raises(ValueError, match=r"nbdiff_fused_commit=True .*freedave"):
         parse_options(FREEDAVE, config(fused_commit=True))
-    with pytest.raises(ValueError, match="diffusion_max_steps=8 .*freedave"):
+    with pytest.raises(ValueError, match=r"diffusion_max_steps=8 .*freedave"):
         config(algorithm="freedave", max_steps=8)
 
 
