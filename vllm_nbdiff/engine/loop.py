@@ -24,7 +24,7 @@ class ForwardLoop:
     batch: Batch
     plan: Plan
     _paged: PagedBatch
-    _planned: SegmentForward
+    _planned: SegmentForward | None
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class ForwardLoop:
         self._widths: WidthChooser | None = None
         self._ended: float | None = None  # time of the end of the last schedule
 
-    def begin(self, batch: Batch, paged: PagedBatch) -> SegmentForward:
-        """The first forward of a schedule, which the runner runs."""
+    def begin(self, batch: Batch, paged: PagedBatch) -> SegmentForward | None:
+        """The first forward of a schedule, None where there is nothing to compute."""
         self.batch, self._paged = batch, paged
         self._planned = self._next_forward()
         return self._planned
@@ -55,9 +55,12 @@ class ForwardLoop:
         """[n] int64, the rows of the planned forward that need logits."""
         return torch.from_numpy(self.plan.rows.index).to(self.device)
 
-    def _next_forward(self) -> SegmentForward:
+    def _next_forward(self) -> SegmentForward | None:
         """Plan a forward of the batch from the canvases as they are now."""
-        self.plan = add_drafts(self.canvas, self.batch, make_plan(self.canvas, self.batch))
+        self.plan = make_plan(self.canvas, self.batch)
+        if not len(self.plan.segments.owner):
+            return None
+        self.plan = add_drafts(self.canvas, self.batch, self.plan)
         segments = self.plan.segments
         if self.plan.drafts is not None:
             self._copy_text(segments)
@@ -102,10 +105,12 @@ class ForwardLoop:
         """
         batch, decoder = self.batch, self.decoder
         self._choose_widths(batch)
+        emitted = Emitted.nothing(len(batch.slots), self.canvas.tokens.shape[1])
+        if self._planned is None:
+            return emitted
         if self.postponed:
             self.postponed = False
             logits = self._logits(self._planned)
-        emitted = Emitted.nothing(len(batch.slots), self.canvas.tokens.shape[1])
         decoder.step(logits, batch, self.plan, emitted)
         first_rows = int(self.plan.segments.length.sum())
         more = 0 if batch.prefilling.any() else self.steps_per_schedule - 1
@@ -113,6 +118,7 @@ class ForwardLoop:
             more -= 1
             began = perf_counter()
             forward = self._next_forward()
+            assert forward is not None
             logits = self._logits(forward)
             decoder.step(logits, batch, self.plan, emitted)
             if self._widths is not None:

@@ -159,14 +159,14 @@ class NBDiffModelState(ModelState):
             if device is not None:
                 device.pull(batch)
             forward = self.loop.begin(batch, paged)
-            if cudagraph_mode != CUDAGraphMode.FULL:
+            if forward is not None and cudagraph_mode != CUDAGraphMode.FULL:
                 self._forward = forward
                 input_batch.logits_indices = self.loop.needed_rows()
                 return forward.metadata
             # A graph replays the runner's rows whatever is planned: it must not write KV, and the
             # planned forward follows it.
             slot_mappings.fill_(PAD_SLOT_ID)
-            self.loop.postponed = True
+            self.loop.postponed = forward is not None
             input_batch.logits_indices = torch.zeros(1, dtype=torch.int64, device=self.device)
         return self._runner_metadata(
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config

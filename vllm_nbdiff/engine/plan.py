@@ -84,8 +84,9 @@ def make_plan(state: CanvasState, batch: Batch) -> Plan:
     slots, num_reqs = batch.slots, len(batch.slots)
     mask = state.config.mask_token_id
     columns = np.arange(state.tokens.shape[1])
-    decodes = ~batch.prefilling
     start, width, step = state.start[slots], state.width[slots], state.step[slots]
+    # With a step in flight the scheduler may cut a canvas near the model's length: not computed.
+    decodes = ~batch.prefilling & (width <= batch.scheduled)
     canvas = state.tokens[slots]
     masked = (canvas == mask) & (columns < width[:, None]) & decodes[:, None]
     has_mask = masked.any(1)
