@@ -292,9 +292,7 @@ def segment_attention_reference(
     """
     out = torch.zeros(q.shape, dtype=compute_dtype, device=q.device)
     group = q.shape[1] // k_cache.shape[2]
-    if kv_scales is not None:
-        k_cache = k_cache.to(compute_dtype) * kv_scales.key
-        v_cache = v_cache.to(compute_dtype) * kv_scales.value
+    key_scale, value_scale = kv_scales or (1.0, 1.0)
     starts = segments.query_start.tolist()
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
         rows, kv_len = stop - start, int(segments.kv_len[index])
@@ -303,8 +301,9 @@ def segment_attention_reference(
         key_index = torch.arange(kv_len, device=q.device)
         page = segments.page_table[index, key_index // k_cache.shape[1]].long()
         slot = key_index % k_cache.shape[1]
-        keys = k_cache[page, slot].to(compute_dtype).repeat_interleave(group, dim=1)
-        values = v_cache[page, slot].to(compute_dtype).repeat_interleave(group, dim=1)
+        keys = k_cache[page, slot].to(compute_dtype) * key_scale
+        values = v_cache[page, slot].to(compute_dtype) * value_scale
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", q[start:stop].to(compute_dtype), keys) * scale
         if segments.causal[index]:
             row = torch.arange(rows, device=q.device)

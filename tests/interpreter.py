@@ -11,6 +11,9 @@ import triton.language
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+ROW_KERNELS = ("row_statistics", "row_sample")
+CANVAS_KERNELS = ("canvas_rows", "canvas_update", "canvas_advance")
+
 
 def interpret_kernels() -> None:
     """Act as if TRITON_INTERPRET=1 had been set before the first import of triton.

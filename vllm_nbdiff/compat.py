@@ -8,17 +8,12 @@ Each patch is idempotent and says its symptom, where upstream decides it, and wh
 from __future__ import annotations
 
 import functools
-import os
-import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
 SUPPORTED_VLLM = ((0, 32), (0, 33))
 
 ATTENTION_BACKEND = "vllm_nbdiff.engine.attention.SegmentAttentionBackend"
-# FLASH_ATTN takes a flag per sequence in its version 4 and says so otherwise.
-_CUDA_ATTENTION = ("CUSTOM", "TRITON_ATTN", "FLASH_ATTN")
 _PATCHED = "_nbdiff_patched"
 # As long as vLLM gives the engine on ROCm.
 _ABORT_SECONDS = 15.0
@@ -64,6 +59,17 @@ def register_pangu_config() -> None:
     from vllm_nbdiff.families.pangu_config import PanguEmbeddedConfig
 
     AutoConfig.register("PanguEmbedded", PanguEmbeddedConfig, exist_ok=True)
+
+
+def register_attention_backend() -> None:
+    """Register the plugin's own attention as vLLM's `CUSTOM` backend, unless another one is.
+
+    Through `vllm.v1.attention.backends.registry`, the official extension point.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(AttentionBackendEnum.CUSTOM, ATTENTION_BACKEND)
 
 
 def apply_patches() -> None:
@@ -282,130 +288,3 @@ def register_cpu_kernels() -> None:
     # The placeholder for an absent Triton lacks this helper, which launchers call on the host.
     if not hasattr(triton, "next_power_of_2"):
         triton.next_power_of_2 = lambda n: 1 << max(n - 1, 0).bit_length()
-
-
-def refuse_unsupported_features(vllm_config: Any) -> None:
-    """Raise ValueError naming the flag of the first start-up option we do not honour."""
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    reasons = {
-        "--runner pooling": model.runner_type != "generate",
-        "--speculative-config": vllm_config.speculative_config is not None,
-        "--enable-lora": vllm_config.lora_config is not None,
-        "--enable-dbo": bool(parallel.enable_dbo),
-        "--logits-processors": bool(model.logits_processors),
-        "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
-        "--decode-context-parallel-size above 1": parallel.decode_context_parallel_size > 1,
-        "--prefill-context-parallel-size above 1": parallel.prefill_context_parallel_size > 1,
-        "--enable-batch-sharded-sampling": bool(parallel.enable_batch_sharded_sampling),
-        "--enable-trace-replay": model.enable_trace_replay,
-        "--return-sampling-mask": model.return_sampling_mask,
-        "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
-    }
-    for flag, used in reasons.items():
-        if used:
-            raise ValueError(f"{flag} is not supported with block-diffusion models")
-
-
-def set_platform_defaults(vllm_config: Any) -> None:
-    """Choose defaults that the platform's own would get wrong for block diffusion."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        _keep_float32_on_cpu(vllm_config)
-        _limit_cpu_kv_cache(vllm_config)
-        _preload_intel_openmp()
-    else:
-        _select_cuda_attention(vllm_config)
-
-
-def _keep_float32_on_cpu(vllm_config: Any) -> None:
-    """Serve a float32 checkpoint in float32 on a CPU that does not compute in bfloat16.
-
-    vLLM's `--dtype auto` turns float32 into bfloat16; without AVX-512 that is several times slower,
-    more so for blocks than for single tokens.
-    """
-    import torch
-    from vllm.logger import init_logger
-
-    model = vllm_config.model_config
-    stored = getattr(model.hf_config, "dtype", None)
-    if (
-        model.dtype == torch.bfloat16
-        and stored in (torch.float32, "float32")
-        and not torch.cpu._is_avx512_bf16_supported()
-    ):
-        init_logger("vllm.nbdiff").warning(
-            "Serving the float32 checkpoint in float32, not bfloat16: this CPU has no bfloat16 "
-            "arithmetic"
-        )
-        model.dtype = torch.float32
-
-
-def _limit_cpu_kv_cache(vllm_config: Any) -> None:
-    """Give the KV cache a bounded share of free memory unless the user sized it.
-
-    vLLM's default claims 92 % of all host memory and refuses to start when it is not free.
-    """
-    from vllm.utils.cpu_resource_utils import get_memory_node_info
-
-    cache, model = vllm_config.cache_config, vllm_config.model_config
-    default = type(cache)().gpu_memory_utilization
-    if (
-        cache.kv_cache_memory_bytes is not None
-        or cache.gpu_memory_utilization != default
-        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    ):
-        return
-    parallel = vllm_config.parallel_config
-    token_bytes = (
-        2
-        * model.get_num_layers(parallel)
-        * model.get_num_kv_heads(parallel)
-        * model.get_head_size()
-        * model.dtype.itemsize
-    )
-    one_sequence = token_bytes * (model.max_model_len + 256)
-    share = get_memory_node_info().available_memory // (4 * parallel.tensor_parallel_size)
-    cache.kv_cache_memory_bytes = max(one_sequence, min(4 << 30, share))
-
-
-def _preload_intel_openmp() -> None:
-    """Have the workers run on Intel's OpenMP runtime, which the CPU wheel brings along.
-
-    vLLM preloads torch's libgomp unless an OpenMP runtime is preloaded already; Intel's is faster
-    and vLLM's documentation recommends it.
-    """
-    preloaded = os.environ.get("LD_PRELOAD", "")
-    library = os.path.join(sys.prefix, "lib", "libiomp5.so")
-    if os.path.exists(library) and not re.search("libi?omp|libgomp", preloaded):
-        os.environ["LD_PRELOAD"] = f"{preloaded}:{library}" if preloaded else library
-
-
-def register_attention_backend() -> None:
-    """Register the plugin's own attention as vLLM's `CUSTOM` backend, unless another one is.
-
-    Through `vllm.v1.attention.backends.registry`, the official extension point.
-    """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    if not AttentionBackendEnum.CUSTOM.is_overridden():
-        register_backend(AttentionBackendEnum.CUSTOM, ATTENTION_BACKEND)
-
-
-def _select_cuda_attention(vllm_config: Any) -> None:
-    """Select attention that takes a causal flag per sequence: ours unless the user names one."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    attention, custom = vllm_config.attention_config, AttentionBackendEnum.CUSTOM
-    if attention.backend is None:
-        if custom.get_path() != ATTENTION_BACKEND:
-            raise ValueError(
-                f"another plugin registered {custom.get_path()} as attention backend CUSTOM; use "
-                "--attention-backend TRITON_ATTN"
-            )
-        attention.backend = custom
-    elif attention.backend.name not in _CUDA_ATTENTION:
-        raise ValueError(
-            f"--attention-backend {attention.backend.name} takes no causal flag per sequence; "
-            f"use one of {', '.join(_CUDA_ATTENTION)}"
-        )

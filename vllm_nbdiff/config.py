@@ -200,11 +200,11 @@ class NBDiffConfigHook:
         from vllm.config.diffusion import DiffusionConfig
         from vllm.logger import init_logger
 
-        from vllm_nbdiff import compat
+        from vllm_nbdiff import startup
 
         logger = init_logger("vllm.nbdiff")
         config = BlockDiffusionConfig.from_vllm_config(vllm_config)
-        compat.refuse_unsupported_features(vllm_config)
+        startup.refuse_unsupported_features(vllm_config)
         canvas = vllm_config.diffusion_config
         vllm_config.diffusion_config = DiffusionConfig(
             canvas_length=config.block_length,
@@ -234,4 +234,4 @@ class NBDiffConfigHook:
                 config.block_length,
             )
             scheduler.max_num_seqs = fits
-        compat.set_platform_defaults(vllm_config)
+        startup.set_platform_defaults(vllm_config, config)

@@ -2,7 +2,7 @@
 """Small random checkpoints of every backbone, with the same weights for transformers."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,20 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from tests.interpreter import CANVAS_KERNELS, ROW_KERNELS, interpret_kernels, use_references
+
+
+@pytest.fixture(scope="module")
+def device_references() -> Iterator[None]:
+    """Device decoding by the kernels' references, to which `tests/kernels` holds every kernel."""
+    interpret_kernels()
+    from vllm_nbdiff.engine import device
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_references(monkeypatch, device, *ROW_KERNELS, *CANVAS_KERNELS)
+        yield
+
 
 CONFIGS: dict[str, type] = {
     "llama": LlamaConfig,

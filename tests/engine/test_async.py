@@ -10,8 +10,6 @@ from vllm.platforms.cpu import CpuPlatform
 from tests.conftest import tokens_of
 from tests.engine.test_device import every_request, generate
 from tests.engine.test_golden import request_of
-from tests.interpreter import use_references
-from vllm_nbdiff.engine import device
 from vllm_nbdiff.engine.scheduler import NBDiffAsyncScheduler
 
 SIZES: dict[str, Any] = {"block_length": 8, "max_num_batched_tokens": 96, "max_model_len": 256}
@@ -24,15 +22,17 @@ def synchronous(golden_checkpoint: Any, make_llm: Callable[..., Any]) -> Iterato
 
 @pytest.fixture(scope="module", params=["device", "host"])
 def engine(
-    request: Any, synchronous: Any, golden_checkpoint: Any, make_llm: Callable[..., Any]
+    request: Any,
+    device_references: None,
+    synchronous: Any,
+    golden_checkpoint: Any,
+    make_llm: Callable[..., Any],
 ) -> Iterator[Any]:
     """An engine with two batches in flight.
 
     vLLM turns async scheduling off on CPU.
     """
     with pytest.MonkeyPatch.context() as monkeypatch:
-        names = ("row_statistics", "row_sample", "canvas_rows", "canvas_update", "canvas_advance")
-        use_references(monkeypatch, device, *names)
         original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
 
         def check(cls: Any, vllm_config: Any) -> None:

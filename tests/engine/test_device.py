@@ -8,26 +8,19 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from vllm import SamplingParams
+from vllm.config.compilation import CUDAGraphMode
 
 from tests.conftest import counter, options, tokens_of
 from tests.engine.test_golden import request_of
-from tests.interpreter import interpret_kernels, use_references
+from tests.interpreter import CANVAS_KERNELS, ROW_KERNELS, interpret_kernels
+from vllm_nbdiff.engine.loop import ForwardLoop
+from vllm_nbdiff.engine.model_state import NBDiffModelState
 
 interpret_kernels()
 
 from vllm_nbdiff.engine import device  # noqa: E402 (the kernels must be interpreted first)
 
-ROW_KERNELS = ("row_statistics", "row_sample")
-CANVAS_KERNELS = ("canvas_rows", "canvas_update", "canvas_advance")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def references() -> Iterator[None]:
-    """`tests/kernels` holds every kernel to its reference, which is faster here."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        use_references(monkeypatch, device, *ROW_KERNELS, *CANVAS_KERNELS)
-        yield
-
+pytestmark = pytest.mark.usefixtures("device_references")
 
 ENGINES: dict[str, dict[str, Any]] = {
     "8-chunked-cached": {"block_length": 8, "max_num_batched_tokens": 64},
@@ -167,12 +160,12 @@ def test_text_ends_at_the_models_length(pair: Any) -> None:
 class NoSynchronisation(TorchFunctionMode):
     """Raises where the host would wait for the device: a value or a shape that only it knows."""
 
-    WAITS = ("cpu", "item", "tolist", "numpy", "nonzero", "unique", "masked_select", "is_nonzero",
-             "argwhere", "equal", "allclose", "__bool__", "__int__", "__float__", "__index__")  # fmt: skip
+    WAITS = (
+        *("cpu", "item", "tolist", "numpy", "nonzero", "unique", "masked_select", "argwhere"),
+        *("is_nonzero", "equal", "allclose", "__bool__", "__int__", "__float__", "__index__"),
+    )
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         assert name not in self.WAITS, f"{name} waits for the device"
@@ -222,3 +215,26 @@ def hollow_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
                 return reference(*args, **kwargs)
 
         monkeypatch.setattr(device, name, call)
+
+
+def test_a_replayed_graph_is_followed_by_the_planned_forward(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full CUDA graph runs the runner's rows even where the host decodes rows of its own."""
+    on_device, on_host = pair
+    prepare = NBDiffModelState.prepare_attn
+
+    def replayed(self: Any, batch: Any, mode: CUDAGraphMode, *args: Any, **kwargs: Any) -> Any:
+        full = CUDAGraphMode.FULL if batch.num_draft_tokens == batch.num_tokens else mode
+        return prepare(self, batch, full, *args, **kwargs)
+
+    requests = every_request()
+    expected = generate(on_host, requests)
+    forwards: list[int] = []
+    logits = ForwardLoop._logits
+    monkeypatch.setattr(
+        ForwardLoop, "_logits", lambda self, it: forwards.append(1) or logits(self, it)
+    )
+    monkeypatch.setattr(NBDiffModelState, "prepare_attn", replayed)
+    assert generate(on_device, requests) == expected
+    assert forwards

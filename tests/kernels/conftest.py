@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tests.interpreter import interpret_kernels
 
-
 interpret_kernels()
 
 INTEGER_POISON = -1_000_003

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config.cache import CacheDType
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -27,6 +29,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.kernels.kv_scales import FP8, KVScales
 from vllm_nbdiff.kernels.segment_attention import segment_attention, segment_attention_reference
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.write_kv import write_kv, write_kv_reference
@@ -45,7 +48,14 @@ class SegmentMetadata:
 class SegmentMetadataBuilder(AttentionMetadataBuilder[SegmentMetadata]):
     """A view of the runner's own buffers, so that CUDA graphs see them change."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """All but our own kernel read lengths back to the host."""
+        kernel = BlockDiffusionConfig.from_vllm_config(vllm_config).engine.attention_kernel
+        own = kernel in (None, "triton")
+        return AttentionCGSupport.ALWAYS if own else AttentionCGSupport.NEVER
 
     def __init__(
         self,
@@ -84,6 +94,10 @@ class SegmentAttentionBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        *("auto", "float16", "bfloat16"),
+        *("fp8", "fp8_e4m3"),
+    ]
 
     @staticmethod
     def get_name() -> str:
@@ -147,6 +161,9 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         engine = BlockDiffusionConfig.from_vllm_config(get_current_vllm_config()).engine
         self._attend, self._write = KERNELS[engine.attention_kernel or "triton"]
+        self._is_fp8 = is_quantized_kv_cache(kv_cache_dtype)
+        if self._is_fp8 and engine.attention_kernel == "xformers":
+            raise ValueError("nbdiff.attention_kernel=xformers takes no --kv-cache-dtype fp8")
 
     def forward(
         self,
@@ -173,6 +190,7 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
             attn_metadata.max_query_len,
             attn_metadata.max_kv_len,
             output[:count],
+            self._scales(layer),
         )
         return output
 
@@ -186,13 +204,21 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
     ) -> None:
         """Write key and value [T, kv_heads, head_size] of rows whose slot is not -1."""
         count = len(slot_mapping)
-        self._write(key[:count], value[:count], *self._split(kv_cache), slot_mapping)
+        self._write(
+            key[:count], value[:count], *self._split(kv_cache), slot_mapping, self._scales(layer)
+        )
+
+    def _scales(self, layer: AttentionLayer) -> KVScales | None:
+        """Factors of the layer's fp8 cache."""
+        return KVScales(layer._k_scale, layer._v_scale) if self._is_fp8 else None
 
     def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[pages, page_size, kv_heads, head_size] of keys and of values.
 
         vLLM's cache is [pages, kv_heads, page_size, 2 * head_size].
         """
+        if self._is_fp8:
+            kv_cache = kv_cache.view(FP8)
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         return keys, values
 
@@ -209,6 +235,7 @@ def _triton_attend(
     max_query_len: int,
     max_kv_len: int,
     out: torch.Tensor,
+    kv_scales: KVScales | None,
 ) -> None:
     segment_attention(
         q,
@@ -219,12 +246,17 @@ def _triton_attend(
         max_query_len=max_query_len,
         max_kv_len=max_kv_len,
         out=out,
+        kv_scales=kv_scales,
         check_values=False,
     )
 
 
-def _triton_write(*tensors: torch.Tensor) -> None:
-    write_kv(*tensors, check_values=False)
+def _triton_write(*tensors: Any) -> None:
+    write_kv(*tensors[:-1], kv_scales=tensors[-1], check_values=False)
+
+
+def _torch_write(*tensors: Any) -> None:
+    write_kv_reference(*tensors[:-1], kv_scales=tensors[-1])
 
 
 def _torch_attend(
@@ -236,15 +268,45 @@ def _torch_attend(
     max_query_len: int,
     max_kv_len: int,
     out: torch.Tensor,
+    kv_scales: KVScales | None,
 ) -> None:
     found = segment_attention_reference(
-        q, k_cache, v_cache, segments, scale=scale, compute_dtype=torch.float32
+        q,
+        k_cache,
+        v_cache,
+        segments,
+        scale=scale,
+        kv_scales=kv_scales,
+        compute_dtype=torch.float32,
     )
     out.copy_(found)
 
 
+def _xformers_attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    segments: SegmentTable,
+    scale: float,
+    max_query_len: int,
+    max_kv_len: int,
+    out: torch.Tensor,
+    kv_scales: KVScales | None,
+) -> None:
+    """Reads the segments back to the host: for comparison."""
+    from vllm_nbdiff.kernels.xformers_attention import xformers_attention
+
+    host = segments._replace(
+        query_start=segments.query_start.cpu(),
+        kv_len=segments.kv_len.cpu(),
+        causal=segments.causal.cpu(),
+    )
+    xformers_attention(q, k_cache, v_cache, host, scale=scale, out=out, check_values=False)
+
+
 KERNELS: dict[str, tuple[Attend, Callable[..., None]]] = {
     "triton": (_triton_attend, _triton_write),
-    "torch": (_torch_attend, write_kv_reference),
+    "torch": (_torch_attend, _torch_write),
+    "xformers": (_xformers_attend, _triton_write),
 }
 """By `nbdiff.attention_kernel`: attention and KV write."""

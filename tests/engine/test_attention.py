@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin's own attention backend under the engine, its kernels interpreted or in PyTorch."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from tests.conftest import options, tokens_of
+from tests.engine.test_golden import request_of
+from tests.interpreter import interpret_kernels
+
+interpret_kernels()
+
+from vllm_nbdiff.compat import ATTENTION_BACKEND  # noqa: E402
+from vllm_nbdiff.engine.attention import (  # noqa: E402
+    SegmentAttentionBackend,
+    SegmentAttentionImpl,
+)
+
+
+@pytest.fixture(scope="module")
+def ours() -> Iterator[None]:
+    """vLLM's CPU platform asks for `CPU_ATTN` whatever is selected."""
+    register_backend(AttentionBackendEnum.CPU_ATTN, ATTENTION_BACKEND)
+    yield
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+
+
+@pytest.mark.parametrize("decoder", ["host", "device"])
+def test_golden_in_pytorch(
+    ours: None,
+    decoder: str,
+    golden_checkpoint: Any,
+    golden_cases: list[dict[str, Any]],
+    make_llm: Callable[..., Any],
+    device_references: None,
+) -> None:
+    """Chunked prefill, prefix cache, commits and denoise steps mixed in one batch."""
+    nbdiff = {"decoder": decoder, "attention_kernel": "torch"}
+    llm = make_llm(
+        golden_checkpoint,
+        block_length=8,
+        block_size=16,
+        max_num_batched_tokens=64,
+        additional_config={"nbdiff": nbdiff},
+    )
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    assert runner.attn_groups[0][0].backend is SegmentAttentionBackend
+    cases = [case for case in golden_cases if case["block_length"] == 8]
+    prompts, params = zip(*(request_of(case) for case in cases), strict=True)
+    for _ in range(2):
+        outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
+        assert tokens_of(outputs) == [case["expected"] for case in cases]
+
+
+def test_every_kernel_interpreted(
+    ours: None, make_checkpoint: Callable[..., Any], make_llm: Callable[..., Any]
+) -> None:
+    """Attention, KV write, row statistics, draws and canvases, as on a GPU but for its speed."""
+    folder, _ = make_checkpoint("llama", seed=4)
+    sizes: dict[str, Any] = {"block_length": 4, "mask": 159, "max_model_len": 64, "block_size": 16}
+    requests = [
+        ({"prompt_token_ids": [5, 17, 3]}, {}, options(small_blocks=2)),
+        ({"prompt_token_ids": list(range(2, 21))}, {}, options(mode="verify", draft_length=3)),
+        ({"prompt_token_ids": [9]}, {"temperature": 0.9, "seed": 3, "top_k": 9}, options()),
+    ]
+    prompts = [prompt for prompt, _, _ in requests]
+    params = [
+        SamplingParams(
+            max_tokens=7, ignore_eos=True, detokenize=False, extra_args=extra,
+            **{"temperature": 0, **settings},
+        )
+        for _, settings, extra in requests
+    ]  # fmt: skip
+    engines = [
+        make_llm(folder, additional_config={"nbdiff": nbdiff}, **sizes)
+        for nbdiff in ({"decoder": "device"}, {"decoder": "host", "attention_kernel": "torch"})
+    ]
+    interpreted, expected = (
+        tokens_of(llm.generate(prompts, params, use_tqdm=False)) for llm in engines
+    )
+    assert interpreted == expected
+
+
+def test_fp8_cache(
+    ours: None, make_checkpoint: Callable[..., Any], make_llm: Callable[..., Any]
+) -> None:
+    """A cache of half the bytes gives much the same text, and not quite the same KV."""
+    folder, _ = make_checkpoint("llama", seed=4, dtype="bfloat16")
+    prompts = [{"prompt_token_ids": [5 + i, 17, 3 * i]} for i in range(24)]
+    params = SamplingParams(
+        temperature=0, max_tokens=8, detokenize=False, ignore_eos=True, extra_args=options()
+    )
+    engines = [
+        make_llm(
+            folder,
+            block_length=8,
+            mask=159,
+            dtype="bfloat16",
+            kv_cache_dtype=dtype,
+            max_model_len=64,
+            additional_config={"nbdiff": {"attention_kernel": "torch"}},
+        )
+        for dtype in ("fp8", "auto")
+    ]
+    small, whole = (tokens_of(llm.generate(prompts, params, use_tqdm=False)) for llm in engines)
+    same = sum(a == b for x, y in zip(small, whole, strict=True) for a, b in zip(x, y, strict=True))
+    # A random model's text drifts; without the prompt's KV it would agree by chance, once.
+    assert small != whole and same > 2 * len(prompts)
+
+
+def test_what_it_cannot_do_is_named() -> None:
+    for name, value in {
+        "sliding_window": 64,
+        "logits_soft_cap": 30.0,
+        "alibi_slopes": [1.0],
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} is not supported .* TRITON_ATTN"):
+            SegmentAttentionImpl(4, 32, 0.1, 2, **{name: value})

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Defaults of a GPU platform, chosen without one."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import triton
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+import vllm_nbdiff
+from vllm_nbdiff import startup
+from vllm_nbdiff.compat import ATTENTION_BACKEND
+from vllm_nbdiff.config import EngineOptions
+
+
+def start(
+    monkeypatch: pytest.MonkeyPatch, backend: str | None, cpu: bool = False, **options: Any
+) -> str:
+    """The attention backend that start-up leaves selected."""
+    vllm_nbdiff.register()
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: cpu)
+    for name in ("_keep_float32_on_cpu", "_limit_cpu_kv_cache", "_preload_intel_openmp"):
+        monkeypatch.setattr(startup, name, lambda *_: None)
+    selected = None if backend is None else AttentionBackendEnum[backend]
+    vllm_config = SimpleNamespace(attention_config=SimpleNamespace(backend=selected))
+    decoder = options.get("decoder") or ("host" if cpu else "device")
+    config: Any = SimpleNamespace(engine=EngineOptions(**options), decoder=decoder)
+    startup.set_platform_defaults(vllm_config, config)
+    return getattr(vllm_config.attention_config.backend, "name", "none")
+
+
+def test_ours_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start(monkeypatch, None) == "CUSTOM"
+    assert AttentionBackendEnum.CUSTOM.get_path() == ATTENTION_BACKEND
+    assert start(monkeypatch, None, attention_kernel="xformers") == "CUSTOM"
+
+
+def test_an_explicit_choice_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRITON_ATTN", "FLASH_ATTN", "CUSTOM"):
+        assert start(monkeypatch, name) == name
+
+
+def test_what_cannot_be_honoured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="--attention-backend FLASHINFER takes no causal flag"):
+        start(monkeypatch, "FLASHINFER")
+    with pytest.raises(ValueError, match=r"attention_kernel .* TRITON_ATTN is used"):
+        start(monkeypatch, "TRITON_ATTN", attention_kernel="torch")
+    with pytest.raises(ValueError, match=r"attention_kernel .* CPU_ATTN is used"):
+        start(monkeypatch, None, cpu=True, attention_kernel="torch")
+
+
+def test_another_plugins_attention_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm_nbdiff.register()
+    register_backend(AttentionBackendEnum.CUSTOM, "another.plugin.Backend")
+    try:
+        with pytest.raises(ValueError, match=r"another.plugin.Backend .* TRITON_ATTN"):
+            start(monkeypatch, None)
+    finally:
+        register_backend(AttentionBackendEnum.CUSTOM, ATTENTION_BACKEND)
+
+
+def test_the_device_decoder_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="decoder=device needs a GPU"):
+        start(monkeypatch, None, cpu=True, decoder="device")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    start(monkeypatch, None, cpu=True, decoder="device")
