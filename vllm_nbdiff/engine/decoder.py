@@ -105,9 +105,9 @@ class Decoder:
         seeds[rows.owner[first]] = drawn.token[first]
 
         for index in texts:
+            wanted = self._emit(index, tokens[index, : length[index]], batch, emitted)
             if self.observe_draft is not None and state.auto[batch.slots[index]]:
-                self.observe_draft(int(plan.text[index]), int(length[index]))
-            self._emit(index, tokens[index, : length[index]], batch, emitted)
+                self.observe_draft(int(plan.text[index]), wanted)
             if not emitted.ended[index] and emitted.count[index] < batch.scheduled[index]:
                 self._end_at_seed(index, seeds[index], start[index], batch, emitted)
         kept = plan.ahead & (length == plan.text) & (seeds == state.guess[batch.slots])
@@ -117,12 +117,18 @@ class Decoder:
         state.begin(batch.slots[begun], start[begun], seeds[begun])
         return kept
 
-    def _emit(self, index: int, tokens: np.ndarray, batch: Batch, emitted: Emitted) -> None:
-        """Emit committed text from the start of the canvas."""
+    def _emit(self, index: int, tokens: np.ndarray, batch: Batch, emitted: Emitted) -> int:
+        """Emit committed text from the start of the canvas.
+
+        Returns:
+            Tokens up to the one that ends the request, or all.
+        """
         slot = batch.slots[index : index + 1]
         positions = self.state.start[slot] + np.arange(len(tokens))
         emitted.append(index, tokens)
-        emitted.ended[index] |= self.state.is_last(slot, tokens[None], positions[None]).any()
+        last = self.state.is_last(slot, tokens[None], positions[None])[0]
+        emitted.ended[index] |= last.any()
+        return int(last.argmax()) + 1 if last.any() else len(tokens)
 
     def _end_at_seed(
         self, index: int, seed: int, position: int, batch: Batch, emitted: Emitted
