@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 
 from vllm_nbdiff.engine.plan import NEXT
 
@@ -78,6 +79,17 @@ class ForwardTimer:
             run(rows)
             times.append(perf_counter() - start)
         return min(times)
+
+    def time_matmul(self, rows: int, repeats: int = 5) -> tuple[float, float]:
+        """Least seconds of a large matrix product of the model's dtype, and its FLOP."""
+        dtype = self.model_runner.model_config.dtype
+        x, weight = torch.randn(rows, 768, dtype=dtype), torch.randn(4096, 768, dtype=dtype)
+        times = []
+        for _ in range(repeats):
+            start = perf_counter()
+            torch.nn.functional.linear(x, weight)
+            times.append(perf_counter() - start)
+        return min(times), 2.0 * rows * weight.numel()
 
     def read_forward_timer(self) -> float:
         """Seconds in the model since the timer was started."""

@@ -3,6 +3,9 @@
 
     python -m benchmarks.rows --save cpu-rows
 
+`gflops` counts the products with weights; `rows` of 0 is a single large product on the same core,
+which no forward can exceed.
+
 A mode that spends r rows a forward for t tokens can at best decode t * time(1) / time(r) times as
 fast as AR. Without attention, which is small at these lengths.
 """
@@ -15,11 +18,22 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.engines import OURS, Engine
-from benchmarks.random_model import build
+from benchmarks.random_model import VOCAB_SIZE, build
 from benchmarks.report import provenance
 
+# Weights that a row is multiplied with: all but the embedding.
+WEIGHTS = 12 * (4 * 768 * 768 + 3 * 768 * 1792) + 768 * VOCAB_SIZE
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
 RESULTS = Path(__file__).parent / "results"
+
+
+def make_result(dtype: str, rows: int, seconds: float, flop: float) -> dict[str, object]:
+    """One line of the result, printed at once."""
+    result = {"dtype": dtype, "rows": rows, "ms": round(1e3 * seconds, 2)}
+    result |= {"ms_per_row": round(1e3 * seconds / max(rows, 1), 3)}
+    result |= {"gflops": round(flop / seconds / 1e9, 1)}
+    print(json.dumps(result), flush=True)
+    return result
 
 
 def main() -> None:
@@ -34,9 +48,9 @@ def main() -> None:
             llm = Engine(OURS, Path(name), dtype).llm
             for rows in ROWS:
                 (seconds,) = llm.collective_rpc("time_rows", args=(rows,))
-                result = {"dtype": dtype, "rows": rows, "ms": round(1e3 * seconds, 2)}
-                results.append({**result, "ms_per_row": round(1e3 * seconds / rows, 3)})
-                print(json.dumps(results[-1]), flush=True)
+                results.append(make_result(dtype, rows, seconds, 2.0 * WEIGHTS * rows))
+            ((seconds, flop),) = llm.collective_rpc("time_matmul", args=(1024,))
+            results.append(make_result(dtype, 0, seconds, flop))
             del llm
     if options.save:
         RESULTS.mkdir(exist_ok=True)

@@ -288,3 +288,22 @@ def register_cpu_kernels() -> None:
     # The placeholder for an absent Triton lacks this helper, which launchers call on the host.
     if not hasattr(triton, "next_power_of_2"):
         triton.next_power_of_2 = lambda n: 1 << max(n - 1, 0).bit_length()
+
+
+def ignore_grammar_of_warm_up() -> None:
+    """Leave out grammar bitmasks in a process that runs one of our models.
+
+    Symptom: warm-up on a GPU fails an assertion, because it sends a bitmask for prompts, which have
+    no rows of logits by the runner's count; of ours the last row of a prompt has. Requests with a
+    grammar are refused at admission. Upstream: `warmup_kernels` (vllm/v1/worker/gpu/warmup.py).
+    Remove when warm-up sends no bitmask to diffusion models, or grammars are supported here.
+    """
+    from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+
+    def ignore(original: Callable[..., None]) -> Callable[..., None]:
+        def ignored(self: Any, *args: Any, **kwargs: Any) -> None:
+            return None
+
+        return ignored
+
+    _patch(StructuredOutputsWorker, "apply_grammar_bitmask", ignore)

@@ -53,6 +53,27 @@ def test_wrong_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert most_common(serve(chosen, 0.95, 4, drafts=2000)) > 1
 
 
+def test_a_busy_machine_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards of the chosen width that take three times as long say nothing about this width."""
+    chosen = chooser(1e-5, monkeypatch)
+    width = most_common(serve(chosen, 0.9, 4))
+    assert width > 1
+    rows = 4 * width
+    for _ in range(40):
+        chosen.observe_forward(rows, 3 * (1e-3 + 1e-5 * rows), 3.1 * (1e-3 + 1e-5 * rows))
+    assert chosen.cost.slowness > 2
+    assert most_common(serve(chosen, 0.9, 4)) == width
+
+
+def test_a_width_that_is_slow_for_long_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = chooser(1e-5, monkeypatch)
+    width = most_common(serve(chosen, 0.9, 4))
+    for _ in range(200):
+        chosen.observe_forward(4 * width, 8e-3, 8e-3)
+        chosen.observe_forward(4, 1e-3, 1e-3)
+    assert most_common(serve(chosen, 0.9, 4)) != width
+
+
 def test_cost_follows_what_forwards_take(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = chooser(1e-5, monkeypatch).cost
     assert cost.seconds(300) == pytest.approx(4e-3)

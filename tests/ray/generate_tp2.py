@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints, as JSON, the tokens of golden cases with tensor parallel 2 on one executor.
 
-python generate_tp2.py {mp,ray} CHECKPOINT < requests.json
+python generate_tp2.py {mp,ray} {host,device} CHECKPOINT < requests.json
 """
 
 import json
@@ -12,7 +12,7 @@ from vllm import LLM, SamplingParams
 
 def main() -> None:
     """Read requests, `{"prompt": ids, "max_tokens": n, "extra_args": {...}}` each, and answer."""
-    executor, checkpoint = sys.argv[1:]
+    executor, decoder, checkpoint = sys.argv[1:]
     requests = json.load(sys.stdin)
     if executor == "ray":
         import ray
@@ -32,6 +32,7 @@ def main() -> None:
         enforce_eager=True,
         max_model_len=512,
         kv_cache_memory_bytes=64 << 20,
+        additional_config={"nbdiff": {"decoder": decoder}},
     )
     outputs = llm.generate(
         [{"prompt_token_ids": request["prompt"]} for request in requests],

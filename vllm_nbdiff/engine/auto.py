@@ -17,14 +17,19 @@ import numpy as np
 WIDTHS = (1, 8, 16, 32)
 _ROWS = np.array([1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
 _MEASURED = 5  # so many of them, before the first choice; the rest follows from the last two
-_NEAR, _ALL = 0.2, 0.02  # share of an error that the nearest row counts, and all, learn
+_SPEED, _SHAPE = 0.2, 0.02  # weight of a forward in the machine's speed, in the cost by rows
+_NEAR = 0.2  # weight of a forward in host time
 _MEMORY = 0.98  # weight of what was known when a draft is verified
 _HYSTERESIS = 1.05
 _PROBE_EVERY, _HOPELESS = 32, 0.25
 
 
 class CostModel:
-    """Seconds of a whole forward by its number of rows, linear between the counts of `_ROWS`."""
+    """Seconds of a model forward by its number of rows, linear between the counts of `_ROWS`.
+
+    What is measured at first is learned on slowly; how fast the machine is at the moment, which is
+    all that a busy one changes, quickly.
+    """
 
     def __init__(self, run: Callable[[int], None]) -> None:
         """
@@ -37,25 +42,26 @@ class CostModel:
         )
         beyond = measured[-1] + slope * (_ROWS[_MEASURED:] - _ROWS[_MEASURED - 1])
         self._seconds = np.concatenate([measured, beyond])
+        self.slowness = 1.0
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Learn from a forward that was run, host work included."""
-        error = seconds - self.seconds(rows)
+        """Learn from a forward that was run."""
+        error = seconds / self.seconds(rows)
+        self.slowness *= error**_SPEED
         above = min(int(np.searchsorted(_ROWS, rows)), len(_ROWS) - 1)
         below = max(above - 1, 0)
         span = max(_ROWS[above] - _ROWS[below], 1)
         share = float(np.clip((rows - _ROWS[below]) / span, 0, 1))
-        self._seconds += _ALL * error
-        self._seconds[above] += _NEAR * share * error
-        self._seconds[below] += _NEAR * (1 - share) * error
+        self._seconds[above] *= error ** (_SHAPE * share)
+        self._seconds[below] *= error ** (_SHAPE * (1 - share))
 
     def seconds(self, rows: int) -> float:
         """A forward of so many rows; more rows never take less."""
         known = np.maximum.accumulate(self._seconds)
         if rows <= _ROWS[-1]:
-            return float(np.interp(rows, _ROWS, known))
+            return self.slowness * float(np.interp(rows, _ROWS, known))
         slope = (known[-1] - known[-2]) / (_ROWS[-1] - _ROWS[-2])
-        return float(known[-1] + slope * (rows - _ROWS[-1]))
+        return self.slowness * float(known[-1] + slope * (rows - _ROWS[-1]))
 
 
 def _timed(run: Callable[[int], None], rows: int) -> float:
@@ -83,11 +89,18 @@ class WidthChooser:
         self._tried = np.ones(max_width)
         self._right = np.ones(max_width)
         self._choices = 0
+        self._beside = 0.0  # seconds of a forward beside the model's
         self._between = 0.0  # seconds of a schedule outside of its forwards
+
+    def observe_forward(self, rows: int, model: float, whole: float) -> None:
+        """Learn from a forward of `rows` rows: seconds in the model, and with planning, sampling
+        and bookkeeping."""
+        self.cost.observe(rows, model)
+        self._beside += _NEAR * (whole - model - self._beside)
 
     def observe_schedule(self, seconds: float, forwards: int, rows: int) -> None:
         """Learn from a schedule of `forwards` of `rows` rows, from the end of the one before."""
-        between = max(seconds - forwards * self.cost.seconds(rows), 0.0)
+        between = max(seconds - forwards * (self.cost.seconds(rows) + self._beside), 0.0)
         self._between += _NEAR * (between - self._between)
 
     def observe(self, width: int, accepted: int) -> None:
@@ -108,7 +121,7 @@ class WidthChooser:
         each = 1 if width == 1 else 2
         drafts = (self.max_width - width) // max(each * tokens, 1) + 1
         forwards = min(each * drafts, self.max_forwards)
-        return tokens / (self.cost.seconds(rows) + self._between / forwards)
+        return tokens / (self.cost.seconds(rows) + self._beside + self._between / forwards)
 
     def choose(self, num_requests: int, other_rows: int) -> int:
         """The width of the next canvases.

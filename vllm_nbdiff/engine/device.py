@@ -79,6 +79,7 @@ class DeviceDecoder:
         self._ban = torch.zeros(state.config.vocab_size, device=device)
         self._ban[state.config.mask_token_id] = -torch.inf
         self._no_eos = torch.empty(0, dtype=torch.int32, device=device)
+        self._served = np.zeros(slots, np.bool_)
         self._changed: set[int] = set()
         self._batch: ScheduledBatch | None = None
         self._rows: CanvasRows | None = None
@@ -87,9 +88,14 @@ class DeviceDecoder:
     def add_request(self, slot: int) -> None:
         """Take over the options of a request, new or resumed, before its next forward."""
         self._changed.add(slot)
+        self._served[slot] = self._can_serve(slot)
 
-    def serves(self, slot: int) -> bool:
-        """Whether the request of `slot` can be decoded here."""
+    def serves(self, host: InputBatch) -> bool:
+        """Whether all scheduled requests can be decoded here."""
+        return bool(self._served[host.idx_mapping_np[: host.num_reqs]].all())
+
+    def _can_serve(self, slot: int) -> bool:
+        """Whether the kernels have all that the request of `slot` asks for."""
         state = self.state
         rule = state.rule[slot]
         plain = not (state.auto[slot] or state.fuses[slot] or state.caches[slot])
@@ -266,13 +272,9 @@ class DeviceDecoder:
             for column, value in zip(columns, values, strict=True):
                 column[index] = value.to(column.dtype)
 
-    def serves_all(self, host: InputBatch) -> bool:
-        """Whether all scheduled requests can be decoded here."""
-        return all(self.serves(slot) for slot in host.idx_mapping_np[: host.num_reqs].tolist())
-
     def pull(self, batch: Batch) -> None:
         """Bring canvases to the host, for a batch that is decoded there. Synchronises."""
-        slots = self._own(batch.slots[~batch.prefilling])
+        slots = batch.slots[~batch.prefilling & self._served[batch.slots]]
         state, index = self.state, torch.from_numpy(slots).to(self.device)
         state.tokens[slots] = self.table.tokens[index].cpu().numpy()
         state.step[slots] = self.table.step[index].cpu().numpy()
@@ -283,7 +285,8 @@ class DeviceDecoder:
 
     def push(self, batch: Batch) -> None:
         """Take canvases back from the host."""
-        slots = self._own(batch.slots[~batch.prefilling | batch.prefill_ends])
+        begun = ~batch.prefilling | batch.prefill_ends
+        slots = batch.slots[begun & self._served[batch.slots]]
         state, index = self.state, torch.from_numpy(slots).to(self.device)
         within = np.arange(state.tokens.shape[1]) < state.width[slots][:, None]
         tokens = np.where(within, state.tokens[slots], PAD.value)
@@ -295,10 +298,6 @@ class DeviceDecoder:
             self.device
         )
         self.table.causal[index] = torch.from_numpy(causal).to(self.device)
-
-    def _own(self, slots: np.ndarray) -> np.ndarray:
-        """Those of `slots` whose requests are decoded here in batches of their kind."""
-        return np.array([slot for slot in slots.tolist() if self.serves(slot)], np.int64)
 
 
 def _kinds(host: InputBatch) -> np.ndarray:

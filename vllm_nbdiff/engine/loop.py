@@ -119,10 +119,15 @@ class ForwardLoop:
             began = perf_counter()
             forward = self._next_forward()
             assert forward is not None
+            planned = perf_counter()
             logits = self._logits(forward)
+            if self._widths is not None:
+                self._wait()
+            ran = perf_counter()
             decoder.step(logits, batch, self.plan, emitted)
             if self._widths is not None:
-                self._widths.cost.observe(len(forward.input_ids), perf_counter() - began)
+                rows, whole = len(forward.input_ids), perf_counter() - began
+                self._widths.observe_forward(rows, ran - planned, whole)
         self._observe_schedule(int(emitted.forwards.max()), first_rows)
         # What follows an end or a prefill is not the time of a schedule alone.
         steady = not (emitted.ended.any() or batch.prefilling.any())
@@ -157,6 +162,10 @@ class ForwardLoop:
         positions = torch.arange(rows, device=self.device)
         with set_forward_context(None, self.vllm_config, num_tokens=rows):
             self.model.compute_logits(self.model(input_ids=ids, positions=positions))
+        self._wait()
+
+    def _wait(self) -> None:
+        """Until the device is done: what is timed must have been computed."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 

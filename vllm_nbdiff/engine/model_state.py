@@ -57,6 +57,7 @@ class NBDiffModelState(ModelState):
         device: torch.device,
     ) -> None:
         compat.register_cpu_kernels()
+        compat.ignore_grammar_of_warm_up()
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config = BlockDiffusionConfig.from_vllm_config(vllm_config)
         self.canvas: CanvasState | None = None
@@ -145,7 +146,7 @@ class NBDiffModelState(ModelState):
         device = self.device_decoder
         if device is not None and not dummy:
             device.upload_options()
-            if device.serves_all(input_batch):
+            if device.serves(input_batch):
                 input_batch.logits_indices = device.begin(input_batch)
                 self._causal[: input_batch.num_reqs] = device.causal(
                     input_batch.idx_mapping[: input_batch.num_reqs]
@@ -258,7 +259,7 @@ class NBDiffSampler:
         if input_batch.num_draft_tokens_per_req is None:  # a dummy batch
             none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=device)
             return SamplerOutput(none[:, None].long(), None, None, none, none)
-        if decoder is not None and decoder.serves_all(input_batch):
+        if decoder is not None and decoder.serves(input_batch):
             return decoder.step(logits)
         emitted, batch = self.loop.run(logits), self.loop.batch
         if decoder is not None:
