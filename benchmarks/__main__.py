@@ -32,7 +32,7 @@ from statistics import mean
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.engines import AR, DIFFUSION, MODES, OURS, STOCK, VERIFY, Engine, Sample
+from benchmarks.engines import AR, DIFFUSION, MODES, OURS, REAL_MODES, STOCK, VERIFY, Engine, Sample
 from benchmarks.nano import CHECKPOINT, Nano
 from benchmarks.random_model import (
     Random125M,
@@ -142,8 +142,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    choices = (*MODES, *REAL_MODES)
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=MODES, help="ar, diffusion, verify needed"
+        "--modes", nargs="+", choices=choices, default=MODES, help="ar, diffusion, verify needed"
     )
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, default 5")
@@ -156,6 +157,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if "nano" not in options.models and None in (options.tpf, options.verify_tpf):
         parser.error("--models without nano needs --tpf and --verify-tpf")
+    if "125m" in options.models and set(REAL_MODES) & set(options.modes):
+        parser.error(f"--modes {' '.join(REAL_MODES)} need --models nano: text of 125m is forced")
     if {AR, DIFFUSION, VERIFY} - set(options.modes):
         parser.error("--modes needs ar, diffusion and verify")
     if options.quick:

@@ -18,6 +18,8 @@ STOCK, OURS = "LlamaForCausalLM", "NBDiffForCausalLM"
 AR, DIFFUSION, VERIFY = "ar", "diffusion", "verify"
 # What is measured, `ar` on stock vLLM, the rest on our engine; `nbdiff_ar` is our mode `ar`.
 MODES = (AR, DIFFUSION, "fused", "block_cache", VERIFY, "nbdiff_ar", "auto")
+# One position a step, and the same text by FreeDave: only where text is really generated.
+REAL_MODES = ("one", "freedave")
 OPTIONS: dict[str, dict[str, Any]] = {
     DIFFUSION: {},
     "fused": {"nbdiff_fused_commit": 1},
@@ -25,6 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     VERIFY: {"nbdiff_mode": "verify"},
     "nbdiff_ar": {"nbdiff_mode": "ar"},
     "auto": {"nbdiff_mode": "auto"},
+    "one": {"nbdiff_threshold": 1.0},
+    "freedave": {"nbdiff_algorithm": "freedave"},
 }
 BLOCK_DIFFUSION = (DIFFUSION, "fused", "block_cache")
 KV_CACHE_BYTES = 1 << 30

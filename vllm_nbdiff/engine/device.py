@@ -9,6 +9,7 @@ such options, and their batches, are decoded by `loop.py`.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,12 +221,13 @@ class DeviceDecoder:
         state = self.state
         if not state.temperature[slots].any():
             return None
-        # A filter that no request uses costs no pass over the logits.
-        filters = {
-            "top_k": (self.top_k, (state.top_k[slots] < state.config.vocab_size).any()),
-            "top_p": (self.top_p, (state.top_p[slots] < 1).any()),
-            "min_p": (self.min_p, (state.min_p[slots] > 0).any()),
-        }
+        # All filters or none: every combination would be a kernel of its own to compile.
+        filtered = (
+            (state.top_k[slots] < state.config.vocab_size)
+            | (state.top_p[slots] < 1)
+            | (state.min_p[slots] > 0)
+        )
+        filters = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
         return row_sample(
             logits,
             seed=self.seed[slot],
@@ -234,8 +236,38 @@ class DeviceDecoder:
             temperature=self.temperature[slot],
             bias=self._ban,
             needed=needed,
-            **{name: column[slot] for name, (column, used) in filters.items() if used},
+            **{name: column[slot] for name, column in filters.items() if filtered.any()},
         )
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile the kernels of a step before the first request needs them.
+
+        Args:
+            dtype: of the model's logits.
+        """
+        state, length = self.state, self.table.tokens.shape[1]
+        one = np.ones(1, np.int64)
+        host: Any = SimpleNamespace(
+            num_reqs=1,
+            idx_mapping=torch.zeros(1, dtype=torch.int64, device=self.device),
+            idx_mapping_np=0 * one,
+            num_draft_tokens_per_req=length * one,
+            num_scheduled_tokens=length * one,
+            num_computed_prefill_tokens_np=one,
+            prefill_len_np=one,
+            query_start_loc=torch.tensor([0, length], dtype=torch.int32, device=self.device),
+            seq_lens=torch.tensor([length + 1], dtype=torch.int32, device=self.device),
+        )
+        # Greedy, sampled, filtered.
+        for temperature, min_p in ((0.0, 0.0), (1.0, 0.0), (1.0, 0.1)):
+            state.temperature[0], state.min_p[0] = temperature, min_p
+            self._changed.add(0)
+            rows = self.begin(host)
+            shape = len(rows), state.config.vocab_size
+            self.step(torch.zeros(shape, dtype=dtype, device=self.device))
+        state.temperature[0] = state.min_p[0] = 0
+        self.table.tokens[0] = 0
+        self._changed.add(0)
 
     def upload_options(self) -> None:
         """Bring the options of new requests to the device, in two copies."""

@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -99,6 +100,13 @@ class NBDiffModelState(ModelState):
 
             self.device_decoder = DeviceDecoder(self.canvas, req_states, self.device)
         return NBDiffSampler(self.loop, self.device_decoder), None
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
+        """Called when all is loaded, before graphs are captured."""
+        if self.device_decoder is not None:
+            self.device_decoder.warm_up(self.dtype)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         assert self.canvas is not None and new_req_data.sampling_params is not None
