@@ -15,11 +15,14 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from tests.interpreter import CANVAS_KERNELS, ROW_KERNELS, interpret_kernels, use_references
+from vllm_nbdiff.compat import ATTENTION_BACKEND
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def device_references() -> Iterator[None]:
     """Device decoding by the kernels' references, to which `tests/kernels` holds every kernel."""
     interpret_kernels()
@@ -28,6 +31,18 @@ def device_references() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_references(monkeypatch, device, *ROW_KERNELS, *CANVAS_KERNELS)
         yield
+
+
+@pytest.fixture(scope="module")
+def own_attention() -> Iterator[None]:
+    """The plugin's attention on CPU, whose platform asks for `CPU_ATTN` whatever is selected."""
+    interpret_kernels()
+    # vLLM remembers which backend it gave to which configuration.
+    register_backend(AttentionBackendEnum.CPU_ATTN, ATTENTION_BACKEND)
+    _cached_get_attn_backend.cache_clear()
+    yield
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    _cached_get_attn_backend.cache_clear()
 
 
 CONFIGS: dict[str, type] = {

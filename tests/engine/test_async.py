@@ -12,6 +12,8 @@ from tests.engine.test_device import every_request, generate
 from tests.engine.test_golden import request_of
 from vllm_nbdiff.engine.scheduler import NBDiffAsyncScheduler
 
+pytestmark = pytest.mark.usefixtures("device_references")
+
 SIZES: dict[str, Any] = {"block_length": 8, "max_num_batched_tokens": 96, "max_model_len": 256}
 
 
@@ -23,7 +25,6 @@ def synchronous(golden_checkpoint: Any, make_llm: Callable[..., Any]) -> Iterato
 @pytest.fixture(scope="module", params=["device", "host"])
 def engine(
     request: Any,
-    device_references: None,
     synchronous: Any,
     golden_checkpoint: Any,
     make_llm: Callable[..., Any],

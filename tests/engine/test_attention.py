@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin's own attention backend under the engine, its kernels interpreted or in PyTorch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from tests.conftest import options, tokens_of
 from tests.engine.test_golden import request_of
@@ -14,24 +13,18 @@ from tests.interpreter import interpret_kernels
 
 interpret_kernels()
 
-from vllm_nbdiff.compat import ATTENTION_BACKEND  # noqa: E402
+from vllm_nbdiff.kernels.canvas_advance import canvas_advance  # noqa: E402
+
+from vllm_nbdiff.engine import device  # noqa: E402
 from vllm_nbdiff.engine.attention import (  # noqa: E402
     SegmentAttentionBackend,
     SegmentAttentionImpl,
 )
 
 
-@pytest.fixture(scope="module")
-def ours() -> Iterator[None]:
-    """vLLM's CPU platform asks for `CPU_ATTN` whatever is selected."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, ATTENTION_BACKEND)
-    yield
-    AttentionBackendEnum.CPU_ATTN.clear_override()
-
-
 @pytest.mark.parametrize("decoder", ["host", "device"])
 def test_golden_in_pytorch(
-    ours: None,
+    own_attention: None,
     decoder: str,
     golden_checkpoint: Any,
     golden_cases: list[dict[str, Any]],
@@ -57,9 +50,10 @@ def test_golden_in_pytorch(
 
 
 def test_every_kernel_interpreted(
-    ours: None, make_checkpoint: Callable[..., Any], make_llm: Callable[..., Any]
+    own_attention: None, make_checkpoint: Callable[..., Any], make_llm: Callable[..., Any]
 ) -> None:
     """Attention, KV write, row statistics, draws and canvases, as on a GPU but for its speed."""
+    assert device.canvas_advance is canvas_advance  # no reference in its place
     folder, _ = make_checkpoint("llama", seed=4)
     sizes: dict[str, Any] = {"block_length": 4, "mask": 159, "max_model_len": 64, "block_size": 16}
     requests = [
@@ -86,7 +80,7 @@ def test_every_kernel_interpreted(
 
 
 def test_fp8_cache(
-    ours: None, make_checkpoint: Callable[..., Any], make_llm: Callable[..., Any]
+    own_attention: None, make_checkpoint: Callable[..., Any], make_llm: Callable[..., Any]
 ) -> None:
     """A cache of half the bytes gives much the same text, and not quite the same KV."""
     folder, _ = make_checkpoint("llama", seed=4, dtype="bfloat16")

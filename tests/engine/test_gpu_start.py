@@ -6,29 +6,27 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
 
 from tests.conftest import tokens_of
 from tests.engine.test_golden import request_of
-from tests.interpreter import interpret_kernels
-from vllm_nbdiff.compat import ATTENTION_BACKEND
 from vllm_nbdiff.engine.model_state import NBDiffModelState
+
+pytestmark = pytest.mark.usefixtures("device_references")
 
 
 @pytest.fixture(scope="module")
 def llm(
-    golden_checkpoint: Any, make_llm: Callable[..., Any], device_references: None
+    golden_checkpoint: Any,
+    make_llm: Callable[..., Any],
+    own_attention: None,
 ) -> Iterator[Any]:
-    interpret_kernels()
-    register_backend(AttentionBackendEnum.CPU_ATTN, ATTENTION_BACKEND)
     nbdiff = {"decoder": "device", "attention_kernel": "torch"}
     yield make_llm(
         golden_checkpoint, block_length=8, max_num_seqs=6, additional_config={"nbdiff": nbdiff}
     )
-    AttentionBackendEnum.CPU_ATTN.clear_override()
 
 
 @pytest.fixture(autouse=True)
