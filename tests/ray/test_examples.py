@@ -43,7 +43,14 @@ def test_ray_serve_and_its_client(ray_environment: dict[str, str], tmp_path: Pat
     log = tmp_path / "log"
     command = [PYTHON, str(EXAMPLES / "ray_serve.py"), "--port", str(port)]
     with log.open("wb") as output:
-        server = subprocess.Popen(command, env=ray_environment, stdout=output, stderr=output)
+        server = subprocess.Popen(
+            command,
+            env=ray_environment,
+            stdout=output,
+            stderr=output,
+            # Where the tests run in the background of a shell, SIGINT is ignored, and is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     try:
         deadline = time.monotonic() + 900
         while not is_running():
