@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-k and top-p without a sort: both keep the logits from a threshold on, and the threshold is
-found by bisection over the ordered bit patterns of the logits.
+"""min_p, then top_k, then top_p without a sort: each keeps the logits from a threshold on, and
+those of top_k and top_p are found by bisection over the ordered bit patterns of the logits.
 
-Every filter judges the unfiltered distribution and what passes all of them is kept: a token with
-logit x passes top-k when fewer than k logits exceed x, top-p when the probability of larger logits
-is at most p, min-p when its probability is at least min_p times the largest. Equal logits pass or
-fail together. (NBDiff's reference applies top-p, then top-k: the same set but for ties.)
+Order and boundaries are those of vLLM's PyTorch sampler: min_p keeps probabilities of at least
+min_p times the largest; top_k keeps a logit that fewer than k others exceed, so all that equal the
+k-th; top_p, on what is left and renormalised, keeps a token while the mass before it is below p. Of
+equal logits at the boundary of top_p those of the smallest ids are kept, as many as that takes.
+
+`rows` of the device functions is (pointers to the rows, largest logits, factors from logits to
+base-2 exponents, vocabulary size, banned token).
 """
 
 import torch
@@ -14,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .logits import load_logits, log_probabilities_reference
+
+NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
@@ -26,25 +31,25 @@ def ordered_key(x, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def count_and_mass_above(  # type: ignore[no-untyped-def]
     key,
-    row_ptr,
-    bias_ptr,
-    best,
-    scale,
-    vocab_size,
+    floor,
+    rows,
     SHIFT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BAN: tl.constexpr,
 ):
-    """Per row: how many logits lie above a key, and their sum of 2^(scale (x - best))."""
+    """Per row: how many logits lie above a key, and the sum of their weights 2^(scale (x - best)),
+    without exponents below the floor."""
+    row_ptr, best, scale, vocab_size, banned_id = rows
     count = tl.zeros([BLOCK_R, BLOCK_V], tl.int32)
     mass = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     for start in range(0, vocab_size, BLOCK_V):
         offsets = (start + tl.arange(0, BLOCK_V))[None, :]
-        x = load_logits(row_ptr, bias_ptr, offsets, vocab_size, HAS_BIAS)
+        x = load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN)
         above = ordered_key(x, SHIFT) > key[:, None]
+        exponent = (x - best[:, None]) * scale[:, None]
         count += above.to(tl.int32)
-        mass += tl.where(above, tl.exp2((x - best[:, None]) * scale[:, None]), 0.0)
+        mass += tl.where(above & (exponent >= floor[:, None]), tl.exp2(exponent), 0.0)
     return tl.sum(count, axis=1), tl.sum(mass.to(tl.float64), axis=1)
 
 
@@ -54,57 +59,127 @@ def filter_threshold(  # type: ignore[no-untyped-def]
     high,
     k,
     limit,
-    row_ptr,
-    bias_ptr,
-    best,
-    scale,
-    vocab_size,
+    floor,
+    rows,
     SHIFT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BAN: tl.constexpr,
 ):
-    """Per row: the smallest key in [low, high] with fewer than `k` logits and at most the mass
+    """Per row: the smallest key in [low, high] with fewer than `k` logits and less mass than
     `limit` above it. Both hold at the key of the largest logit and stay true as the key grows.
     """
     while tl.max((low < high).to(tl.int32), axis=0) > 0:
         middle = (low & high) + ((low ^ high) >> 1)  # the floor of their mean, without overflow
-        count, mass = count_and_mass_above(
-            middle, row_ptr, bias_ptr, best, scale, vocab_size, SHIFT, BLOCK_R, BLOCK_V, HAS_BIAS
-        )
-        holds = (count < k) & (mass <= limit)
+        count, mass = count_and_mass_above(middle, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
+        holds = (count < k) & (mass < limit)
         searching = low < high
         high = tl.where(searching & holds, middle, high)
         low = tl.where(searching & (~holds), middle + 1, low)
     return low
 
 
-def zero_bits(dtype: torch.dtype, bias: Tensor | None) -> int:
-    """Low bits that are zero in a row's logits converted to fp32; a bias may set them."""
-    return {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0) if bias is None else 0
+@triton.jit
+def last_equal(  # type: ignore[no-untyped-def]
+    key,
+    room,
+    rows,
+    SHIFT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    HAS_BAN: tl.constexpr,
+):
+    """Per row: of the logits with a key, the last that top_p keeps: the mass before it, in the
+    order of ids, is below `room`."""
+    row_ptr, best, scale, vocab_size, banned_id = rows
+    last = tl.zeros([BLOCK_R], tl.int32)
+    before = tl.zeros([BLOCK_R], tl.int32)
+    for start in range(0, vocab_size, BLOCK_V):
+        offsets = (start + tl.arange(0, BLOCK_V))[None, :]
+        x = load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN)
+        equal = ordered_key(x, SHIFT) == key[:, None]
+        rank = before[:, None] + tl.cumsum(equal.to(tl.int32), axis=1) - 1
+        weight = tl.exp2((x - best[:, None]) * scale[:, None]).to(tl.float64)
+        # The first of them is kept whatever rounding makes of the room.
+        kept = equal & ((rank == 0) | (rank.to(tl.float64) * weight < room[:, None]))
+        last = tl.maximum(last, tl.max(tl.where(kept, offsets, 0), axis=1))
+        before += tl.sum(equal.to(tl.int32), axis=1)
+    return last
+
+
+@triton.jit
+def top_k_threshold(  # type: ignore[no-untyped-def]
+    top_k,
+    lowest,
+    floor,
+    rows,
+    SHIFT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    HAS_BAN: tl.constexpr,
+):
+    """Per row: the key from which on top_k keeps logits."""
+    vocab_size = rows[3]
+    k = tl.where(top_k > 0, tl.minimum(top_k, vocab_size), vocab_size).to(tl.int32)
+    high = tl.where(k < vocab_size, ordered_key(rows[1], SHIFT), lowest)
+    no_limit = tl.full([BLOCK_R], float("inf"), tl.float64)
+    return filter_threshold(
+        lowest, high, k, no_limit, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
+    )
+
+
+@triton.jit
+def top_p_boundary(  # type: ignore[no-untyped-def]
+    top_p,
+    lowest,
+    floor,
+    rows,
+    SHIFT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    HAS_BAN: tl.constexpr,
+):
+    """Per row: the smallest key that top_p keeps of the logits from `lowest` and `floor` on, and
+    the last token that it keeps of those with this key."""
+    vocab_size = rows[3]
+    _count, mass = count_and_mass_above(lowest - 1, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
+    limit = tl.maximum(top_p, 0.0).to(tl.float64) * mass
+    everything = tl.zeros([BLOCK_R], tl.int32) + vocab_size
+    high = tl.where(top_p < 1.0, ordered_key(rows[1], SHIFT), lowest)
+    threshold = filter_threshold(
+        lowest, high, everything + 1, limit, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
+    )
+    _count, above = count_and_mass_above(threshold, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
+    last = last_equal(threshold, limit - above, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
+    return threshold, tl.where(top_p < 1.0, last, everything)
+
+
+def zero_bits(dtype: torch.dtype) -> int:
+    """Low bits that are zero in logits of a dtype when converted to fp32."""
+    return {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
 
 
 def filtered_probabilities_reference(
     logits: Tensor,
     *,
     temperature: Tensor | None = None,
-    bias: Tensor | None = None,
+    banned_id: int | None = None,
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch, by sorting: the fp64 distribution [R, V] that `row_sample` draws from."""
-    p = log_probabilities_reference(logits, temperature, bias).exp()
-    ordered = p.sort(dim=-1, descending=True).values
-    # Tokens with a larger logit, and their mass; equal logits count from the first of them.
-    larger = torch.searchsorted(-ordered, -p)
-    mass = torch.nn.functional.pad(ordered.cumsum(dim=-1), (1, 0)).gather(-1, larger)
-    kept = torch.ones_like(p, dtype=torch.bool)
-    if top_k is not None:
-        kept &= (larger < top_k[:, None]) | (top_k[:, None] <= 0)
-    if top_p is not None:
-        kept &= (mass <= top_p[:, None]) | (top_p[:, None] >= 1)
+    p = log_probabilities_reference(logits, temperature, banned_id).exp()
     if min_p is not None:
-        kept &= p >= min_p[:, None] * ordered[:, :1]
-    filtered = p.where(kept, 0.0)
+        p = p.where(p >= min_p[:, None] * p.amax(dim=-1, keepdim=True), 0.0)
+    ordered, index = p.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        k = top_k.long().where(top_k > 0, p.shape[-1]).clamp(max=p.shape[-1])
+        ordered = ordered.where(ordered >= ordered.gather(-1, k[:, None] - 1), 0.0)
+    if top_p is not None:
+        limit = top_p.double()[:, None] * ordered.sum(dim=-1, keepdim=True)
+        kept = (ordered.cumsum(dim=-1) - ordered < limit) | (top_p[:, None] >= 1)
+        kept[:, 0] = True
+        ordered = ordered.where(kept, 0.0)
+    filtered = torch.zeros_like(p).scatter(-1, index, ordered)
     return filtered / filtered.sum(dim=-1, keepdim=True)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of logits with a bias and a temperature, as the row kernels read them.
+"""Rows of logits with a temperature and a banned token, as the row kernels read them.
 
 Arguments shared by those kernels, everywhere of the same meaning:
     logits: [R, V] fp16, bf16 or fp32, last dimension contiguous, any row stride.
     temperature: [R] fp32, or None for 1. A row below `GREEDY_BELOW` is greedy, as in vLLM: its
         distribution is that of temperature 1 and its token the argmax.
-    bias: [V] or [R, V] float, added to the logits before the temperature; -inf bans a token.
+    banned_id: a token that counts as -inf in every row, or None.
     needed: [R] int32 or bool; a row of 0 is not read.
+
+A row that holds NaN or +inf, or nothing but -inf, gives token 0 with the least confidence:
+probability 0, margin 0, entropy infinite.
 """
 
 import torch
@@ -14,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .validation import FLOAT_DTYPES, require_tensor
+from .validation import FLOAT_DTYPES, require, require_tensor
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -24,13 +27,40 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def load_logits(row_ptr, bias_ptr, offsets, vocab_size, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """logits + bias in fp32, at least `LOWEST`, which also stands past the end of the row."""
+def load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logits in fp32, at least `LOWEST`, which also stands past the end of the row; NaN stays."""
     mask = offsets < vocab_size
     logits = tl.load(row_ptr + offsets, mask=mask, other=-float("inf")).to(tl.float32)
-    if HAS_BIAS:
-        logits += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return tl.maximum(logits, LOWEST)
+    if HAS_BAN:
+        logits = tl.where(offsets == banned_id, LOWEST, logits)
+    return tl.maximum(logits, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def two_largest(  # type: ignore[no-untyped-def]
+    row_ptr,
+    vocab_size,
+    banned_id,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    HAS_BAN: tl.constexpr,
+):
+    """Per row: the largest logit, the second largest (equal on a tie), whether there is a NaN."""
+    top = tl.full([BLOCK_R, BLOCK_V], LOWEST, tl.float32)
+    second = tl.full([BLOCK_R, BLOCK_V], LOWEST, tl.float32)
+    bad = tl.zeros([BLOCK_R, BLOCK_V], tl.int32)
+    for start in range(0, vocab_size, BLOCK_V):
+        offsets = (start + tl.arange(0, BLOCK_V))[None, :]
+        x = load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN)
+        bad |= (x != x).to(tl.int32)
+        second = tl.maximum(second, tl.minimum(top, x))
+        top = tl.maximum(top, x)
+    best = tl.max(top, axis=1)
+    winner = top == best[:, None]
+    rest = tl.max(tl.where(winner, LOWEST, top), axis=1)
+    tie = tl.sum(winner.to(tl.int32), axis=1) > 1
+    runner_up = tl.maximum(tl.max(second, axis=1), tl.where(tie, best, rest))
+    return best, runner_up, tl.max(bad, axis=1) > 0
 
 
 @triton.jit
@@ -44,36 +74,41 @@ def exponent_scale(temperature_ptr, row, HAS_TEMPERATURE: tl.constexpr):  # type
 
 
 def check_logits(
-    logits: Tensor, temperature: Tensor | None, bias: Tensor | None, needed: Tensor | None
+    logits: Tensor, temperature: Tensor | None, banned_id: int | None, needed: Tensor | None
 ) -> None:
-    """Raise ValueError naming the argument with a wrong shape, dtype, device or stride."""
+    """Raise ValueError naming the argument with a wrong shape, dtype, device, stride or value."""
     device = logits.device
     require_tensor("logits", logits, (None, None), FLOAT_DTYPES, device)
     num_rows, vocab_size = logits.shape
+    require(vocab_size > 0, "logits", "an empty vocabulary")
     if temperature is not None:
         require_tensor("temperature", temperature, (num_rows,), (torch.float32,), device)
-    if bias is not None:
-        shape = (vocab_size,) if bias.dim() == 1 else (num_rows, vocab_size)
-        require_tensor("bias", bias, shape, FLOAT_DTYPES, device)
+    if banned_id is not None:
+        require(0 <= banned_id < vocab_size, "banned_id", f"{banned_id} is no token")
     if needed is not None:
         require_tensor("needed", needed, (num_rows,), (torch.int32, torch.bool), device)
-
-
-def bias_row_stride(bias: Tensor | None) -> int:
-    return bias.stride(0) if bias is not None and bias.dim() == 2 else 0
 
 
 def log_probabilities_reference(
     logits: Tensor,
     temperature: Tensor | None = None,
-    bias: Tensor | None = None,
+    banned_id: int | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Plain PyTorch ln p of the distribution described above: [R, V] in `compute_dtype`."""
     scores = logits.to(compute_dtype)
-    if bias is not None:
-        scores = scores + bias.to(compute_dtype)
+    if banned_id is not None:
+        scores = scores.clone()
+        scores[:, banned_id] = -torch.inf
     if temperature is not None:
         divisor = torch.where(temperature < GREEDY_BELOW.value, 1.0, temperature)
         scores = scores / divisor.to(compute_dtype)[:, None]
     return scores.log_softmax(dim=-1)
+
+
+def sound_rows(logits: Tensor, banned_id: int | None) -> Tensor:
+    """[R] bool: rows with a largest logit that is finite."""
+    logits = logits.clone()
+    if banned_id is not None:
+        logits[:, banned_id] = -torch.inf
+    return logits.amax(dim=-1).isfinite()

@@ -13,13 +13,13 @@ from .logits import (
     GREEDY_BELOW,
     LN_2,
     LOWEST,
-    bias_row_stride,
     check_logits,
     exponent_scale,
     load_logits,
     log_probabilities_reference,
+    sound_rows,
 )
-from .validation import as_bytes, require
+from .validation import as_bytes
 
 # A tile is 4 vectors of LANES consecutive logits: 4 warps x 32 threads x a 16-byte load of bf16.
 LANES = 1024
@@ -28,11 +28,12 @@ PROGRAMS_PER_PROCESSOR = 4  # of 4 warps each: enough loads in flight to cover m
 
 
 class RowStatistics(NamedTuple):
-    """Per row of logits [R, V]; p = softmax((logits + bias) / temperature). All [R]."""
+    """Per row of logits [R, V]; p = softmax(logits / temperature). All [R].
+
+    Of a skipped row the token is -1 and the rest 0."""
 
     token: Tensor
-    """int32: index of the largest (logit + bias), the smallest index of equals; -1 for a skipped
-    row or one that is -inf throughout, whose other statistics are 0 (lse of the latter -inf)."""
+    """int32: index of the largest logit, the smallest index of equals."""
     probability: Tensor
     """fp32: p[token]."""
     entropy: Tensor
@@ -40,7 +41,7 @@ class RowStatistics(NamedTuple):
     margin: Tensor
     """fp32: p[token] minus the second largest probability."""
     lse: Tensor
-    """fp32: ln sum exp((logits + bias) / temperature)."""
+    """fp32: ln sum exp(logits / temperature); of a row without a sound distribution -inf."""
 
 
 @triton.jit
@@ -66,21 +67,20 @@ def _add(x, top, scale, total, weighted):  # type: ignore[no-untyped-def]
     return total + power, weighted + d * power
 
 
-@triton.jit(do_not_specialize=["num_splits", "tiles_per_split"])
+@triton.jit(do_not_specialize=["banned_id", "num_splits", "tiles_per_split"])
 def _partial_statistics_kernel(  # type: ignore[no-untyped-def]
     partial_ptr,
     tile_ptr,
     logits_ptr,
-    bias_ptr,
     temperature_ptr,
     needed_ptr,
     vocab_size,
+    banned_id,
     num_splits,
     tiles_per_split,
     stride_logits,
-    stride_bias,
     LANES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BAN: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_NEEDED: tl.constexpr,
 ):
@@ -91,7 +91,6 @@ def _partial_statistics_kernel(  # type: ignore[no-untyped-def]
             return
     scale = exponent_scale(temperature_ptr, row, HAS_TEMPERATURE)
     row_ptr = logits_ptr + row * stride_logits
-    bias_row = bias_ptr + row * stride_bias
     lane = tl.arange(0, LANES)
 
     # Per lane: the two largest logits, the first tile of the largest, and with
@@ -105,10 +104,10 @@ def _partial_statistics_kernel(  # type: ignore[no-untyped-def]
     last_tile = tl.minimum((split + 1) * tiles_per_split, num_tiles)
     for tile in range(split * tiles_per_split, last_tile):
         offsets = tile * (4 * LANES) + lane
-        x0 = load_logits(row_ptr, bias_row, offsets, vocab_size, HAS_BIAS)
-        x1 = load_logits(row_ptr, bias_row, offsets + LANES, vocab_size, HAS_BIAS)
-        x2 = load_logits(row_ptr, bias_row, offsets + 2 * LANES, vocab_size, HAS_BIAS)
-        x3 = load_logits(row_ptr, bias_row, offsets + 3 * LANES, vocab_size, HAS_BIAS)
+        x0 = load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN)
+        x1 = load_logits(row_ptr, offsets + LANES, vocab_size, banned_id, HAS_BAN)
+        x2 = load_logits(row_ptr, offsets + 2 * LANES, vocab_size, banned_id, HAS_BAN)
+        x3 = load_logits(row_ptr, offsets + 3 * LANES, vocab_size, banned_id, HAS_BAN)
 
         high01 = tl.maximum(x0, x1)
         high23 = tl.maximum(x2, x3)
@@ -139,7 +138,7 @@ def _partial_statistics_kernel(  # type: ignore[no-untyped-def]
     tl.store(tile_ptr + part, tile)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["banned_id", "num_splits"])
 def _final_statistics_kernel(  # type: ignore[no-untyped-def]
     token_ptr,
     probability_ptr,
@@ -149,16 +148,15 @@ def _final_statistics_kernel(  # type: ignore[no-untyped-def]
     partial_ptr,
     tile_ptr,
     logits_ptr,
-    bias_ptr,
     temperature_ptr,
     needed_ptr,
     vocab_size,
+    banned_id,
     num_splits,
     stride_logits,
-    stride_bias,
     LANES: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BAN: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_NEEDED: tl.constexpr,
 ):
@@ -185,23 +183,17 @@ def _final_statistics_kernel(  # type: ignore[no-untyped-def]
     # The pass over the row kept the tile of the largest logit; its index is found by reading that
     # tile once more.
     offsets = tile * (4 * LANES) + tl.arange(0, 4 * LANES)
-    x = load_logits(
-        logits_ptr + row * stride_logits,
-        bias_ptr + row * stride_bias,
-        offsets,
-        vocab_size,
-        HAS_BIAS,
-    )
+    x = load_logits(logits_ptr + row * stride_logits, offsets, vocab_size, banned_id, HAS_BAN)
     token = tl.min(tl.where(x == best, offsets, 0x7FFFFFFF), axis=0)
 
-    found = best > LOWEST
+    found = (best > LOWEST) & (total > 0.0)  # NaN and +inf make the total NaN
     total = tl.where(found, total, 1.0)
     log2_total = tl.log2(total)
     entropy = tl.maximum(log2_total - weighted / total, 0.0) * LN_2
     lse = (best * scale + log2_total) * LN_2
-    tl.store(token_ptr + row, tl.where(found, token, -1))
+    tl.store(token_ptr + row, tl.where(found, token, 0))
     tl.store(probability_ptr + row, tl.where(found, 1.0 / total, 0.0))
-    tl.store(entropy_ptr + row, tl.where(found, entropy, 0.0))
+    tl.store(entropy_ptr + row, tl.where(found, entropy, float("inf")))
     margin = (1.0 - tl.exp2((runner_up - best) * scale)) / total
     tl.store(margin_ptr + row, tl.where(found, margin, 0.0))
     tl.store(lse_ptr + row, tl.where(found, lse, -float("inf")))
@@ -219,7 +211,7 @@ def row_statistics(
     logits: Tensor,
     *,
     temperature: Tensor | None = None,
-    bias: Tensor | None = None,
+    banned_id: int | None = None,
     needed: Tensor | None = None,
 ) -> RowStatistics:
     """Argmax, its probability, entropy, top-2 margin and log-sum-exp of every needed row.
@@ -229,9 +221,8 @@ def row_statistics(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or stride is wrong.
     """
-    check_logits(logits, temperature, bias, needed)
+    check_logits(logits, temperature, banned_id, needed)
     (num_rows, vocab_size), device = logits.shape, logits.device
-    require(vocab_size > 0, "logits", "an empty vocabulary")
     token = torch.empty(num_rows, dtype=torch.int32, device=device)
     probability, entropy, margin, lse = torch.empty((4, num_rows), device=device).unbind()
     result = RowStatistics(token, probability, entropy, margin, lse)
@@ -241,25 +232,24 @@ def row_statistics(
     partial = torch.empty((num_rows, num_splits, 4), device=device)
     tile = torch.empty((num_rows, num_splits), dtype=torch.int32, device=device)
     # A pointer argument cannot be None on every Triton release; an absent one is never read.
-    inputs = [logits, *(logits if x is None else as_bytes(x) for x in (bias, temperature, needed))]
+    inputs = [logits, *(logits if x is None else as_bytes(x) for x in (temperature, needed))]
     options = {
         "LANES": LANES,
-        "HAS_BIAS": bias is not None,
+        "HAS_BAN": banned_id is not None,
         "HAS_TEMPERATURE": temperature is not None,
         "HAS_NEEDED": needed is not None,
     }
-    strides = (logits.stride(0), bias_row_stride(bias))
+    sizes = (vocab_size, -1 if banned_id is None else banned_id, num_splits)
     _partial_statistics_kernel[(num_rows, num_splits)](
-        partial, tile, *inputs, vocab_size, num_splits, tiles_per_split, *strides, **options
+        partial, tile, *inputs, *sizes, tiles_per_split, logits.stride(0), **options
     )
     _final_statistics_kernel[(num_rows,)](
         *result,
         partial,
         tile,
         *inputs,
-        vocab_size,
-        num_splits,
-        *strides,
+        *sizes,
+        logits.stride(0),
         BLOCK_SPLITS=triton.next_power_of_2(num_splits),
         **options,
     )
@@ -270,23 +260,25 @@ def row_statistics_reference(
     logits: Tensor,
     *,
     temperature: Tensor | None = None,
-    bias: Tensor | None = None,
+    banned_id: int | None = None,
     needed: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> RowStatistics:
-    """Plain PyTorch `row_statistics` in `compute_dtype`, for rows with a finite logit."""
-    log_p = log_probabilities_reference(logits, temperature, bias, compute_dtype)
+    """Plain PyTorch `row_statistics` in `compute_dtype`."""
+    log_p = log_probabilities_reference(logits, temperature, banned_id, compute_dtype)
     p = log_p.exp()
     best = log_p.max(dim=-1, keepdim=True).values
     token = (log_p == best).int().argmax(dim=-1)  # the first of equals
     entropy = -(p * log_p).nan_to_num().sum(dim=-1)
     top_2 = p.topk(min(2, p.shape[-1]), dim=-1).values
     margin = top_2[:, 0] - (top_2[:, 1] if p.shape[-1] > 1 else 0.0)
-    raw = logits.to(compute_dtype) if bias is None else logits.to(compute_dtype) + bias
-    scaled = raw.gather(-1, token[:, None])[:, 0]
+    lse = logits.to(compute_dtype).gather(-1, token[:, None])[:, 0]
     if temperature is not None:
-        scaled = scaled / torch.where(temperature < GREEDY_BELOW.value, 1.0, temperature)
-    fields = [token.int(), best[:, 0].exp(), entropy, margin, scaled - best[:, 0]]
+        lse = lse / torch.where(temperature < GREEDY_BELOW.value, 1.0, temperature)
+    fields = [token.int(), best[:, 0].exp(), entropy, margin, lse - best[:, 0]]
+    sound = sound_rows(logits, banned_id)
+    unsound = (0, 0.0, torch.inf, 0.0, -torch.inf)
+    fields = [x.where(sound, value) for x, value in zip(fields, unsound, strict=True)]
     if needed is not None:
         skipped = needed == 0
         fields = [x.masked_fill(skipped, -1 if i == 0 else 0) for i, x in enumerate(fields)]

@@ -2,8 +2,7 @@
 """Uniform random numbers keyed by (seed, position, step), without state: a chain of splitmix64.
 
 A draw depends on nothing else, so a seeded request gives the same tokens alone, in any batch,
-after preemption and on every tensor-parallel rank. Plain PyTorch, importable without triton;
-`splitmix.py` is the same for kernels.
+after preemption and on every tensor-parallel rank. Plain PyTorch, importable without triton.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.config.cache import CacheDType
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -26,11 +25,12 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.kernels.kv_scales import FP8, KVScales
-from vllm_nbdiff.kernels.segment_attention import segment_attention, segment_attention_reference
+from vllm_nbdiff.kernels.segment_attention import segment_attention
+from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.write_kv import write_kv, write_kv_reference
 
@@ -162,8 +162,6 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
         engine = BlockDiffusionConfig.from_vllm_config(get_current_vllm_config()).engine
         self._attend, self._write = KERNELS[engine.attention_kernel or "triton"]
         self._is_fp8 = is_quantized_kv_cache(kv_cache_dtype)
-        if self._is_fp8 and engine.attention_kernel == "xformers":
-            raise ValueError("nbdiff.attention_kernel=xformers takes no --kv-cache-dtype fp8")
 
     def forward(
         self,
@@ -282,31 +280,8 @@ def _torch_attend(
     out.copy_(found)
 
 
-def _xformers_attend(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    segments: SegmentTable,
-    scale: float,
-    max_query_len: int,
-    max_kv_len: int,
-    out: torch.Tensor,
-    kv_scales: KVScales | None,
-) -> None:
-    """Reads the segments back to the host: for comparison."""
-    from vllm_nbdiff.kernels.xformers_attention import xformers_attention
-
-    host = segments._replace(
-        query_start=segments.query_start.cpu(),
-        kv_len=segments.kv_len.cpu(),
-        causal=segments.causal.cpu(),
-    )
-    xformers_attention(q, k_cache, v_cache, host, scale=scale, out=out, check_values=False)
-
-
 KERNELS: dict[str, tuple[Attend, Callable[..., None]]] = {
     "triton": (_triton_attend, _triton_write),
     "torch": (_torch_attend, _torch_write),
-    "xformers": (_xformers_attend, _triton_write),
 }
 """By `nbdiff.attention_kernel`: attention and KV write."""

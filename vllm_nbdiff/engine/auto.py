@@ -4,19 +4,25 @@
 All choices verify, so the text is always that of AR decoding; width 1 is AR decoding itself. The
 best width gives the most accepted tokens a second: rows are nearly free while a forward is bound by
 reading weights, and cost their arithmetic beyond that. Both sides are measured: a forward's time by
-rows before the first choice and while serving, the acceptance while serving.
+rows, and the acceptance, while serving.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_nbdiff.decoding.emitted import Emitted
+from vllm_nbdiff.engine.options import OptionTable
+from vllm_nbdiff.engine.schedule import Schedule
 
 WIDTHS = (1, 8, 16, 32)
 _ROWS = np.array([1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
-_MEASURED = 5  # so many of them, before the first choice; the rest follows from the last two
+# Until other counts of rows were seen, time is taken to grow with rows to this power.
+_GROWTH = 0.5
 _SPEED, _SHAPE = 0.2, 0.02  # weight of a forward in the machine's speed, in the cost by rows
 _NEAR = 0.2  # weight of a forward in host time
 _MEMORY = 0.98  # weight of what was known when a draft is verified
@@ -27,33 +33,33 @@ _PROBE_EVERY, _HOPELESS = 32, 0.25
 class CostModel:
     """Seconds of a model forward by its number of rows, linear between the counts of `_ROWS`.
 
-    What is measured at first is learned on slowly; how fast the machine is at the moment, which is
-    all that a busy one changes, quickly.
+    Learned from forwards that are run anyway. A count of rows that is seen for the first times says
+    how long such a forward takes; later how fast the machine is at the moment, which is all that a
+    busy one changes, is learned quickly and what rows cost slowly.
     """
 
-    def __init__(self, run: Callable[[int], None]) -> None:
-        """
-        Args:
-            run: runs the bare model on this many rows.
-        """
-        measured = [min(_timed(run, int(rows)) for _ in range(6)) for rows in _ROWS[:_MEASURED]]
-        slope = max(measured[-1] - measured[-2], 0.0) / (
-            _ROWS[_MEASURED - 1] - _ROWS[_MEASURED - 2]
-        )
-        beyond = measured[-1] + slope * (_ROWS[_MEASURED:] - _ROWS[_MEASURED - 1])
-        self._seconds = np.concatenate([measured, beyond])
+    def __init__(self) -> None:
+        self._seconds = np.ones(len(_ROWS))
+        self._seen = np.zeros(len(_ROWS))
         self.slowness = 1.0
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a forward that was run."""
+        if not self._seen.any():
+            self._seconds = seconds * (_ROWS / rows) ** _GROWTH
         error = seconds / self.seconds(rows)
-        self.slowness *= error**_SPEED
         above = min(int(np.searchsorted(_ROWS, rows)), len(_ROWS) - 1)
         below = max(above - 1, 0)
         span = max(_ROWS[above] - _ROWS[below], 1)
         share = float(np.clip((rows - _ROWS[below]) / span, 0, 1))
-        self._seconds[above] *= error ** (_SHAPE * share)
-        self._seconds[below] *= error ** (_SHAPE * (1 - share))
+        known = min(self._seen[above if share > 0.5 else below], 1 / _SHAPE)
+        speed = _SPEED * min(known / 4, 1)
+        self.slowness *= error**speed
+        error **= 1 - speed
+        for place, weight in ((above, share), (below, 1 - share)):
+            count = self._seen[place]
+            self._seconds[place] *= error ** (max(_SHAPE, 1 / (1 + count) ** 2) * weight)
+            self._seen[place] += weight
 
     def seconds(self, rows: int) -> float:
         """A forward of so many rows; more rows never take less."""
@@ -62,12 +68,6 @@ class CostModel:
             return self.slowness * float(np.interp(rows, _ROWS, known))
         slope = (known[-1] - known[-2]) / (_ROWS[-1] - _ROWS[-2])
         return self.slowness * float(known[-1] + slope * (rows - _ROWS[-1]))
-
-
-def _timed(run: Callable[[int], None], rows: int) -> float:
-    start = perf_counter()
-    run(rows)
-    return perf_counter() - start
 
 
 class WidthChooser:
@@ -144,3 +144,77 @@ class WidthChooser:
         beside = self.widths.index(self.width) + (1 if turn % 2 else -1)
         probe = self.widths[min(max(beside, 0), len(self.widths) - 1)]
         return probe if speed[probe] > _HOPELESS * speed[self.width] else self.width
+
+
+class AutoDrafts:
+    """Sets the draft length of `auto` requests, from what their forwards show.
+
+    On a GPU nothing waits for that: what was accepted is read once it has arrived, and a forward
+    takes as long as it is until the next one is decided.
+    """
+
+    def __init__(self, options: OptionTable, steps_per_schedule: int, static: bool) -> None:
+        """
+        Args:
+            options: of all requests.
+            steps_per_schedule: most forwards of a schedule.
+            static: nothing may be read back; a schedule is one forward.
+        """
+        self.options = options
+        self.static = static
+        self.chooser = WidthChooser(CostModel(), options.config.block_length, steps_per_schedule)
+        self._auto = np.zeros(0, np.bool_)
+        self._arriving: list[tuple[torch.cuda.Event, np.ndarray, Tensor]] = []
+        self._ended: float | None = None  # time of the end of the last schedule, if it was plain
+        self._rows = 0
+
+    def begin_schedule(self, schedule: Schedule) -> None:
+        """Choose the draft length of canvases that begin in this schedule."""
+        auto = self.options.is_auto[schedule.slots] & schedule.decodes
+        self._auto = self.options.is_auto[schedule.slots]
+        self._rows = int(schedule.scheduled.sum())
+        if not self._auto.any():
+            return
+        while self._arriving and self._arriving[0][0].query():
+            _, chosen, numbers = self._arriving.pop(0)
+            self._learn(chosen, numbers.numpy())
+        others = ~self._auto & schedule.decodes
+        width = self.chooser.choose(max(int(auto.sum()), 1), int(schedule.scheduled[others].sum()))
+        self.options.set_draft_length(schedule.slots[self._auto], width)
+
+    def observe_drafts(self, read: tuple[Tensor, Tensor] | None) -> None:
+        """Learn from verified texts: tokens [B], and how many of them held [B]."""
+        if read is None or not self._auto.any():
+            return
+        numbers = torch.stack(read)
+        if numbers.is_cuda:
+            event = torch.cuda.Event()
+            there = numbers.to("cpu", non_blocking=True)
+            event.record()
+            self._arriving.append((event, self._auto, there))
+        else:
+            self._learn(self._auto, numbers.numpy())
+
+    def _learn(self, chosen: np.ndarray, numbers: np.ndarray) -> None:
+        for width, accepted in numbers[:, chosen].T.tolist():
+            if width > 1:
+                self.chooser.observe(width, accepted)
+
+    def observe_forward(self, rows: int, model: float, whole: float) -> None:
+        """As `WidthChooser.observe_forward`."""
+        self._rows = rows
+        if self._auto.any():
+            self.chooser.observe_forward(rows, model, whole)
+
+    def end_schedule(self, forwards: int, emitted: Emitted, prefills: bool) -> None:
+        """Learn from the time between schedules: this one's forwards, what it emitted, and whether
+        it held prompts."""
+        now = perf_counter()
+        if self._auto.any() and self._ended is not None:
+            if self.static:
+                self.chooser.observe_forward(self._rows, now - self._ended, now - self._ended)
+            else:
+                self.chooser.observe_schedule(now - self._ended, forwards, self._rows)
+        # What follows an end or a prefill is not the time of a schedule alone.
+        plain = not prefills and (self.static or not bool(emitted.ended.any()))
+        self._ended = now if plain else None

@@ -1,140 +1,210 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling parameters that change a row's logits, for the requests that use them.
-
-Order and meaning are vLLM's: allowed_token_ids, logit_bias, min_tokens, penalties, bad_words. What
-vLLM reads from the tokens generated so far, we read from the committed tokens and the filled
-positions of the canvas.
-"""
+"""Constraints of all requests, by slot, and the rows of a forward that they change."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
+import numpy as np
 import torch
+from torch import Tensor
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vllm_nbdiff.decoding.bad_words import group_words
+from vllm_nbdiff.decoding.canvas import Canvas
+from vllm_nbdiff.decoding.constraints import (
+    Constraints,
+    Context,
+    Penalties,
+    Thinking,
+    penalize,
+)
+from vllm_nbdiff.decoding.decide import Proposal
+from vllm_nbdiff.decoding.needed import predicted
+from vllm_nbdiff.decoding.plan import Plan
+from vllm_nbdiff.decoding.rows import Packed
+from vllm_nbdiff.engine.schedule import Schedule
+
+_CHUNK = 1 << 24  # numbers: what penalties keep aside does not grow with the batch
 
 
-@dataclass
-class Constraints:
-    """The constraints of one request."""
+class ConstraintTable:
+    """What requests ask for, and the tokens that they have."""
 
-    allowed: torch.Tensor | None  # int64 token ids
-    bias_ids: torch.Tensor | None
-    bias: torch.Tensor | None
-    min_tokens: int
-    stop_ids: torch.Tensor | None  # banned before min_tokens
-    repetition: float
-    frequency: float
-    presence: float
-    bad_words: list[list[int]]
+    def __init__(
+        self, num_slots: int, vocab_size: int, text: Tensor, end_think_token_id: int | None = None
+    ) -> None:
+        """
+        Args:
+            num_slots: largest number of requests.
+            vocab_size: of the model.
+            text: [slots, T] int32 on the model's device, tokens of every request.
+            end_think_token_id: what ends thinking, where requests may have a budget for it.
+        """
+        self.end_think_token_id = end_think_token_id
+        self.text = text
+        self.vocab_size = vocab_size
+        self.constrained = np.zeros(num_slots + 1, np.bool_)
+        """[slots + 1] bool, requests with any constraint."""
+        self._by_slot: dict[int, Constraints] = {}
 
-    @classmethod
-    def from_params(cls, params: SamplingParams, device: torch.device) -> Constraints | None:
-        """The constraints of `params`, or None when it has none."""
-        stop = sorted(params.all_stop_token_ids) if params.min_tokens else []
-        bias = params.logit_bias or {}
-        constraints = cls(
-            allowed=_ids(params.allowed_token_ids, device),
-            bias_ids=_ids([int(token) for token in bias], device),
-            bias=torch.tensor(list(bias.values()), device=device) if bias else None,
+    def add_request(self, slot: int, params: SamplingParams, prompt_length: int) -> bool:
+        """Set the constraints of a request; whether it has any, a grammar included."""
+        constraints = self._from_params(params, prompt_length)
+        constrained = constraints.any or params.structured_outputs is not None
+        self.constrained[slot] = constrained
+        if constrained:
+            self._by_slot[slot] = constraints
+        return constrained
+
+    def remove_request(self, slot: int) -> None:
+        """Forget a finished or preempted request."""
+        self.constrained[slot] = False
+        self._by_slot.pop(slot, None)
+
+    def _from_params(self, params: SamplingParams, prompt_length: int) -> Constraints:
+        device = self.text.device
+        bias, stop = params.logit_bias, sorted(params.all_stop_token_ids)
+        allowed = None
+        if params.allowed_token_ids:
+            allowed = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
+            allowed[torch.tensor(params.allowed_token_ids, device=device)] = True
+        words = params.bad_words_token_ids
+        return Constraints(
+            prompt_length=prompt_length,
+            allowed=allowed,
+            bias=(
+                torch.tensor([int(token) for token in bias], device=device),
+                torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
+            )
+            if bias
+            else None,
             min_tokens=params.min_tokens,
-            stop_ids=_ids(stop, device),
+            stop_ids=torch.tensor(stop, device=device) if params.min_tokens and stop else None,
             repetition=params.repetition_penalty,
             frequency=params.frequency_penalty,
             presence=params.presence_penalty,
-            bad_words=params.bad_words_token_ids or [],
+            bad_words=group_words(words or [], device),
+            thinking=self._thinking(params.thinking_token_budget),
         )
-        return constraints if constraints._any() else None
 
-    @property
-    def penalized(self) -> bool:
-        """Whether any penalty is in force."""
-        return self.repetition != 1 or self.frequency != 0 or self.presence != 0
-
-    def _any(self) -> bool:
-        return (
-            self.allowed is not None
-            or self.bias_ids is not None
-            or self.stop_ids is not None
-            or self.penalized
-            or bool(self.bad_words)
-        )
+    def _thinking(self, budget: int | None) -> Thinking | None:
+        if budget is None:
+            return None
+        assert self.end_think_token_id is not None
+        return Thinking(budget, self.end_think_token_id)
 
     def apply(
-        self,
-        logits: torch.Tensor,
-        positions: list[int],
-        tokens: torch.Tensor,
-        known: torch.Tensor,
-        prompt_len: int,
+        self, logits: Tensor, plan: Plan, packed: Packed, owner: np.ndarray, schedule: Schedule
     ) -> None:
-        """Constrain rows of one request in place.
+        """Constrain rows [n, V] float32 of requests that all have constraints, in place.
 
         Args:
-            logits: [n, V] float32, one row per position to fill.
-            positions: the n absolute positions.
-            tokens: [T] int64, the request's tokens: prompt, committed output, canvas.
-            known: [T] bool, false where the canvas still is masked.
-            prompt_len: number of prompt tokens.
+            packed: these rows.
+            owner: [n] int64, batch index of each row on the host, ascending.
         """
-        if self.allowed is not None:
-            banned = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-            banned[self.allowed] = False
-            logits.masked_fill_(banned, -torch.inf)
-        if self.bias_ids is not None and self.bias is not None:
-            logits[:, self.bias_ids] += self.bias
-        if self.stop_ids is not None:
-            for row, position in enumerate(positions):
-                if position - prompt_len < self.min_tokens:
-                    logits[row, self.stop_ids] = -torch.inf
-        if self.penalized:
-            self._penalize(logits, tokens, known, prompt_len)
-        if self.bad_words:
-            for row, position in enumerate(positions):
-                if banned_ids := completing_tokens(self.bad_words, position, tokens, known):
-                    logits[row, banned_ids] = -torch.inf
+        slots, mask = schedule.slots, schedule.facts.mask_token_id
+        context = context_of(plan, packed, schedule)
+        parts = list(self._parts(owner, slots))
+        for constraints, rows in parts:
+            constraints.before_penalties(logits[rows], context.rows(rows))
+        longest = schedule.longest
+        if any(constraints.penalized for constraints, _ in parts):
+            size = max(_CHUNK // max(logits.shape[1], longest), 1)
+            for rows in (slice(i, i + size) for i in range(0, len(logits), size)):
+                text = self.text[context.slot[rows], :longest].long()
+                penalties = self._penalties(slots[owner[rows]])
+                penalize(logits[rows], penalties, context.rows(rows), text, mask)
+        for constraints, rows in parts:
+            if constraints.reads_text:
+                text = self.text[context.slot[rows], :longest].long()
+                constraints.after_penalties(logits[rows], context.rows(rows), text)
 
-    def _penalize(
-        self, logits: torch.Tensor, tokens: torch.Tensor, known: torch.Tensor, prompt_len: int
-    ) -> None:
-        vocab_size = logits.shape[1]
-        output = tokens[prompt_len:][known[prompt_len:]]
-        counts = torch.bincount(output, minlength=vocab_size)[:vocab_size].to(logits.dtype)
-        if self.repetition != 1:
-            seen = torch.bincount(tokens[known], minlength=vocab_size)[:vocab_size] > 0
-            scaled = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
-            logits.copy_(torch.where(seen, scaled, logits))
-        logits -= self.frequency * counts + self.presence * (counts > 0)
+    def _parts(self, owner: np.ndarray, slots: np.ndarray) -> Iterator[tuple[Constraints, slice]]:
+        """The constraints of each request, and its rows."""
+        requests, begin = np.unique(owner, return_index=True)
+        ends = [*begin[1:].tolist(), len(owner)]
+        for request, first, end in zip(requests.tolist(), begin.tolist(), ends, strict=True):
+            yield self._by_slot[int(slots[request])], slice(first, end)
 
+    def _penalties(self, slots: np.ndarray) -> Penalties:
+        own = [self._by_slot[slot] for slot in slots.tolist()]
+        values = [[c.repetition, c.frequency, c.presence, c.prompt_length] for c in own]
+        columns = async_tensor_h2d(np.array(values, np.float64), device=self.text.device)
+        repetition, frequency, presence, prompt_length = columns.unsqueeze(2).unbind(1)
+        return Penalties(
+            repetition.float(), frequency.float(), presence.float(), prompt_length.long()
+        )
 
-def completing_tokens(
-    bad_words: list[list[int]], position: int, tokens: torch.Tensor, known: torch.Tensor
-) -> list[int]:
-    """Tokens that at `position` would complete a bad word, whichever side of it is filled first."""
-    banned = []
-    for word in bad_words:
-        for offset, token in enumerate(word):
-            start, end = position - offset, position - offset + len(word)
-            if start < 0 or end > len(tokens):
+    def undo_bad_words(
+        self, accepted: Tensor, plan: Plan, proposal: Proposal, schedule: Schedule
+    ) -> Tensor:
+        """`accepted` [B, L] bool without columns that together form a bad word.
+
+        Where filled positions are edited, what is not accepted leaves a token that may complete
+        another word, so it is looked at until nothing changes: after so many times as columns.
+        """
+        facts = schedule.facts
+        for _ in range(accepted.shape[1] if facts.edits else 1):
+            before = accepted.clone()
+            accepted = self._undo_once(accepted, plan, proposal, schedule)
+            if not facts.static and torch.equal(before, accepted):
+                break
+        return accepted
+
+    def _undo_once(
+        self, accepted: Tensor, plan: Plan, proposal: Proposal, schedule: Schedule
+    ) -> Tensor:
+        for request, slot in enumerate(schedule.slots.tolist()):
+            constraints = self._by_slot.get(slot)
+            if constraints is None:
                 continue
-            others = [i for i in range(start, end) if i != position]
-            if all(known[i] and tokens[i] == word[i - start] for i in others):
-                banned.append(token)
-    return banned
+            for words in constraints.bad_words:
+                canvas, taken = proposal.canvas[request], accepted[request]
+                known = canvas != schedule.facts.mask_token_id
+                known &= torch.arange(len(known), device=known.device) < plan.width[request]
+                accepted[request] = words.undo(
+                    taken,
+                    known,
+                    torch.where(taken, proposal.token[request], canvas),
+                    proposal.confidence[request],
+                    plan.state.start[request],
+                    self.text[slot, : schedule.longest].long(),
+                )
+        return accepted
+
+    def end_thinking(self, canvas: Canvas, begun: Tensor, schedule: Schedule) -> Canvas:
+        """`canvas` with the end of thinking where a budget is spent inside a block that has
+        `begun` [B] bool, unless an earlier block holds it. Where the block itself is behind that,
+        its seed is forced to be the end."""
+        tokens = canvas.tokens
+        for request, slot in enumerate(schedule.slots.tolist()):
+            own = self._by_slot.get(slot)
+            if own is None or own.thinking is None:
+                continue
+            one, start = slice(request, request + 1), canvas.start[request : request + 1]
+            text = self.text[slot : slot + 1, : schedule.longest].long()
+            place = start - own.prompt_length + torch.arange(tokens.shape[1], device=start.device)
+            ends = (place == own.thinking.budget) & begun[one] & ~own.has_thought(text, start)
+            tokens[one] = torch.where(ends, own.thinking.end_token_id, tokens[one])
+        return canvas
 
 
-def bad_word_spans(
-    bad_words: list[list[int]], begin: int, tokens: torch.Tensor, known: torch.Tensor
-) -> list[range]:
-    """Spans of absolute positions, ending after `begin`, that hold a bad word."""
-    spans = []
-    for word in bad_words:
-        for start in range(max(begin - len(word) + 1, 0), len(tokens) - len(word) + 1):
-            span = range(start, start + len(word))
-            if all(known[i] and tokens[i] == word[i - start] for i in span):
-                spans.append(span)
-    return spans
-
-
-def _ids(ids: list[int] | None, device: torch.device) -> torch.Tensor | None:
-    return torch.tensor(ids, dtype=torch.int64, device=device) if ids else None
+def context_of(plan: Plan, packed: Packed, schedule: Schedule) -> Context:
+    """What the rows that are `packed` see: a canvas position the filled ones of its canvas, a next
+    token what stands before it."""
+    batch, owner = schedule.batch, packed.owner
+    row, length = predicted(plan, batch, owner, packed.place), plan.canvas.shape[2]
+    position, is_fill = row.position, row.canvas >= 0
+    canvas = torch.where(
+        is_fill[:, None], plan.canvas[owner, row.canvas.clamp(min=0)], plan.state.tokens[owner]
+    )
+    text_end = torch.where(batch.decodes[owner], plan.state.start[owner], position)
+    seen = torch.where(is_fill, plan.width[owner], position - text_end)
+    columns = torch.arange(length, device=canvas.device)
+    known = (canvas != schedule.facts.mask_token_id) & (columns < seen[:, None])
+    if schedule.facts.edits:
+        # What stands at the position itself is what may be replaced.
+        known &= ~is_fill[:, None] | (columns != (position - plan.start[owner])[:, None])
+    return Context(batch.slot[owner], text_end, canvas, known, position, row.canvas < 0)

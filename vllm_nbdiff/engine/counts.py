@@ -1,51 +1,130 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request's forwards of one schedule cost, as the one integer the worker can report."""
+"""What the forwards of a schedule cost and found, request by request, on the way to the scheduler.
+
+The worker's sampler returns a `CountedOutput`; `compat.carry_counts` brings its counts to the
+scheduler beside the sampled tokens.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_nbdiff.engine.decoder import Emitted
-
-_ROWS, _GUESSES, _HITS, _SINGLES = 12, 32, 42, 52
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of one request."""
-
-    forwards: int
-    rows: int
-    guesses: int
-    hits: int
-    singles: int
+Value = TypeVar("Value", int, Tensor)
 
 
-def pack(emitted: Emitted) -> np.ndarray:
-    """[B] int64: bit fields of forwards (12 bits), rows (20), guesses, hits (10) and singles."""
-    return (
-        emitted.forwards
-        | emitted.rows << _ROWS
-        | emitted.guesses << _GUESSES
-        | emitted.hits << _HITS
-        | emitted.singles << _SINGLES
-    )
+class Counts(NamedTuple, Generic[Value]):
+    """Of one request (int), or of all B requests of a schedule ([B] whole numbers)."""
+
+    forwards: Value
+    """Model forwards that computed the request's canvas or text."""
+    rows: Value
+    """Rows of these forwards."""
+    guesses: Value
+    """Seeds that were guessed and put to the test."""
+    hits: Value
+    """Guessed seeds that were right."""
+    singles: Value
+    """Forwards of one row: autoregressive steps."""
+    drafted: Value
+    """Tokens drafted for verification."""
+    accepted: Value
+    """Drafted tokens that verification accepted."""
+    broken: Value
+    """Needed rows of logits with a NaN or an infinity, or 1 where a matcher failed: the request
+    ends with an error."""
+    stuck: Value
+    """1 where a grammar and the other constraints leave no token: the request is aborted."""
 
 
-def pack_uniform(rows: np.ndarray) -> np.ndarray:
-    """[B] int64 of one forward for each request, of `rows` [B] rows; 0: not to be counted."""
-    rows = rows.astype(np.int64)
-    return (rows > 0) | rows << _ROWS | (rows == 1).astype(np.int64) << _SINGLES
+@dataclass
+class CountedOutput(SamplerOutput):
+    """A sampler's output with counts."""
+
+    counts: Tensor | None = None
+    """[B, number of fields of `Counts`] int32, on the model's device."""
 
 
-def unpack(value: int) -> Counts:
-    """The counts of one request."""
-    return Counts(
-        forwards=value & 0xFFF,
-        rows=value >> _ROWS & 0xFFFFF,
-        guesses=value >> _GUESSES & 0x3FF,
-        hits=value >> _HITS & 0x3FF,
-        singles=value >> _SINGLES,
-    )
+class Tally:
+    """What the forwards of one schedule add up to."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._guesses: list[tuple[Tensor, Tensor]] = []
+        self._drafts: list[tuple[Tensor, Tensor]] = []
+        self.broken: Tensor | None = None
+        """[B] int64, broken rows; None: there are none."""
+        self._stuck: Tensor | None = None
+
+    def add_forward(self, lengths: Tensor) -> None:
+        """A forward with segments of `lengths` [B, S]."""
+        self._rows.append(lengths)
+
+    def add_guesses(self, guessed: Tensor, right: Tensor) -> None:
+        """Whose seeds were guessed, and were right, [B] bool each."""
+        self._guesses.append((guessed, right))
+
+    def add_drafts(self, drafted: Tensor, accepted: Tensor) -> None:
+        """Tokens of verified drafts, [B] int64 each."""
+        self._drafts.append((drafted, accepted))
+
+    def add_broken(self, rows: Tensor) -> None:
+        """Rows of broken logits, [B] int64."""
+        self.broken = rows if self.broken is None else self.broken + rows
+
+    def add_stuck(self, flags: Tensor) -> None:
+        """1 for requests that nothing is left for, [B] int64."""
+        self._stuck = flags
+
+    @property
+    def ends(self) -> Tensor | None:
+        """[B] bool, requests that end with nothing of what this schedule decided; None: no one."""
+        flags = [own > 0 for own in (self.broken, self._stuck) if own is not None]
+        return torch.stack(flags).any(0) if flags else None
+
+    def columns(self, decodes: Tensor) -> Tensor:
+        """`CountedOutput.counts` of requests of which those of `decodes` [B] bool have canvases."""
+        rows = torch.stack([lengths.sum(1) for lengths in self._rows])
+        none = torch.zeros_like(rows[0])
+        guesses, hits = self._sums(self._guesses, none)
+        drafted, accepted = self._sums(self._drafts, none)
+        counts = Counts(
+            forwards=decodes * len(rows),
+            rows=rows.sum(0),
+            guesses=guesses,
+            hits=hits,
+            singles=((rows == 1) & decodes).sum(0),
+            drafted=drafted,
+            accepted=accepted,
+            broken=none if self.broken is None else self.broken,
+            stuck=none if self._stuck is None else self._stuck,
+        )
+        return torch.stack(counts, dim=1).int()
+
+    @staticmethod
+    def _sums(pairs: list[tuple[Tensor, Tensor]], none: Tensor) -> tuple[Tensor, Tensor]:
+        if not pairs:
+            return none, none
+        one, other = zip(*pairs, strict=True)
+        return torch.stack(one).sum(0), torch.stack(other).sum(0)
+
+
+def count_nans(logits: Tensor, owner: Tensor, num_reqs: int) -> Tensor:
+    """NaNs in the logits of each request.
+
+    vLLM's own count has one row of logits for each request.
+
+    Args:
+        logits: [n, V], as the model gives them.
+        owner: [n] int64, batch index of the request that each row belongs to.
+        num_reqs: B.
+
+    Returns:
+        [B] int32.
+    """
+    nans = logits.isnan().sum(dim=1, dtype=torch.int32)
+    return nans.new_zeros(num_reqs).index_add_(0, owner, nans)

@@ -57,9 +57,18 @@ def _gather_block_tables(
     num_blocks: torch.Tensor,
     num_blocks_stride: int,
     num_reqs: int,
-    BLOCK_SIZE: int,
+    num_computed_tokens: torch.Tensor | None = None,
+    sliding_window_reach: torch.Tensor | None = None,
+    block_sizes: torch.Tensor | None = None,
+    MASK_SLIDING_WINDOW: bool = False,
+    BLOCK_SIZE: int = 0,
 ) -> None:
-    """Copy the block table row of every request of the batch to its batch position."""
+    """Copy the block table row of every request of the batch to its batch position.
+
+    vLLM 0.33 also passes what it takes to hide the blocks before a sliding window.
+    """
+    if MASK_SLIDING_WINDOW:
+        raise NotImplementedError("models with sliding windows have no CPU kernels")
     slots = idx_mapping.numpy()[:num_reqs]
     blocks = num_blocks.numpy()
     for group in range(strides.shape[0]):
@@ -165,21 +174,15 @@ def _combine_sampled_and_draft_tokens(
     BLOCK_SIZE: int = 0,
     NUM_NEW_SAMPLED_TOKENS: int = 0,
 ) -> None:
-    """Copy every decoding request's canvas (its draft tokens) to the input buffer.
+    """The rows of logits of every request, as many as it has draft tokens.
 
-    A step has no token besides the canvas, so a request has as many logits rows as draft tokens.
+    The draft tokens themselves are canvases, which our forward puts into its rows.
     """
     assert NUM_NEW_SAMPLED_TOKENS == 0, "only the canvas path is served on CPU"
-    out, drafts = input_ids.numpy(), draft_tokens.numpy()
-    rows, ends = logits_indices.numpy(), query_start_loc.numpy()
-    lengths, prefill = seq_lens.numpy(), prefill_len.numpy()
-    bounds = cu_num_logits.numpy()
-    for row, slot in enumerate(idx_mapping.tolist()):
+    rows, ends, bounds = logits_indices.numpy(), query_start_loc.numpy(), cu_num_logits.numpy()
+    for row in range(len(idx_mapping)):
         begin, count = bounds[row], bounds[row + 1] - bounds[row]
-        end = ends[row + 1]
-        rows[begin : begin + count] = np.arange(end - count, end)
-        if lengths[row] > prefill[slot]:
-            out[end - count : end] = drafts[slot, :count]
+        rows[begin : begin + count] = np.arange(ends[row + 1] - count, ends[row + 1])
 
 
 def _expand_idx_mapping(
@@ -211,10 +214,16 @@ def _post_update(
     all_token_ids: torch.Tensor,
     all_token_ids_stride: int,
     total_len: torch.Tensor,
+    draft_tokens: torch.Tensor | None = None,
+    draft_tokens_out: torch.Tensor | None = None,
+    num_draft_tokens: int = 0,
     **launch_options: Any,
 ) -> None:
-    """Append emitted tokens to their requests and advance the computed lengths."""
-    assert output_bin_counts is None and query_start_loc is not None
+    """Append emitted tokens to their requests and advance the computed lengths.
+
+    vLLM 0.33 also passes the drafts that pipeline ranks receive.
+    """
+    assert output_bin_counts is None and query_start_loc is not None and draft_tokens is None
     slots = idx_mapping.numpy()
     starts = query_start_loc.numpy()[: len(slots) + 1]
     num_computed_tokens.numpy()[slots] += np.diff(starts) - num_rejected.numpy()

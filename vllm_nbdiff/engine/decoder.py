@@ -1,229 +1,299 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applies what a forward decided: fills canvases, commits and verifies text, begins canvases."""
+"""Decoding: plans forwards of the scheduled batch, and decides what follows from their logits.
+
+Everything that is decided is a function of `vllm_nbdiff.decoding` on the model's device. On a CPU
+a schedule has several forwards, each of the rows that it needs; elsewhere one, in the runner's
+rows, between which nothing is read back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import numpy as np
 import torch
+from torch import Tensor
 
-from vllm_nbdiff.decoding import rules
-from vllm_nbdiff.decoding.rules import RULES
-from vllm_nbdiff.engine import drafts
-from vllm_nbdiff.engine.canvas import NO_TOKEN, CanvasState
-from vllm_nbdiff.engine.plan import FILL, GUESS, NEXT, Batch, Plan
-from vllm_nbdiff.engine.sampler import Drawn, RowSampler
-
-
-@dataclass
-class Emitted:
-    """What the forwards of one schedule gave the B requests."""
-
-    tokens: np.ndarray  # [B, L] int64
-    count: np.ndarray  # [B] int64, tokens emitted
-    ended: np.ndarray  # [B] bool, the last one ends the request
-    forwards: np.ndarray  # [B] int64
-    rows: np.ndarray  # [B] int64, canvas and text rows computed
-    guesses: np.ndarray  # [B] int64, seeds guessed and put to the test
-    hits: np.ndarray  # [B] int64, of them right
-    singles: np.ndarray  # [B] int64, forwards of one row: autoregressive steps
-
-    @classmethod
-    def nothing(cls, num_reqs: int, length: int) -> Emitted:
-        """Before the first forward."""
-        tokens = np.zeros((num_reqs, length), np.int64)
-        zeros = np.zeros((6, num_reqs), np.int64)
-        return cls(tokens, zeros[0], np.zeros(num_reqs, np.bool_), *zeros[1:])
-
-    def append(self, index: int, tokens: np.ndarray) -> None:
-        """Emit `tokens` [n] of the request with this batch index."""
-        begin = self.count[index]
-        self.count[index] = begin + len(tokens)
-        self.tokens[index, begin : begin + len(tokens)] = tokens
+from vllm_nbdiff.decoding import decide, versions
+from vllm_nbdiff.decoding.canvas import NO_TOKEN, Canvas, CanvasTable
+from vllm_nbdiff.decoding.decide import Proposal, Text
+from vllm_nbdiff.decoding.emitted import Emitted
+from vllm_nbdiff.decoding.logprobs import Filled, decided
+from vllm_nbdiff.decoding.plan import Plan, fixed_columns, make_plan
+from vllm_nbdiff.decoding.rows import Packed, pack
+from vllm_nbdiff.decoding.sampling import Drawn
+from vllm_nbdiff.engine.counts import Tally
+from vllm_nbdiff.engine.options import OptionTable
+from vllm_nbdiff.engine.sampler import RowSampler
+from vllm_nbdiff.engine.schedule import Schedule
 
 
 class Decoder:
-    """One forward's decisions for a batch."""
+    """One forward's plan and decisions."""
 
-    def __init__(self, state: CanvasState, sampler: RowSampler, ends_early: bool) -> None:
-        """
-        Args:
-            state: of all requests.
-            sampler: of the needed rows.
-            ends_early: emit the tokens that end a request before their KV is final.
-
-        `observe_draft(width, accepted)` is called for verified canvases of mode `auto`.
-        """
-        self.state = state
+    def __init__(self, table: CanvasTable, options: OptionTable, sampler: RowSampler) -> None:
+        """With canvases and options of all requests, and the sampler of the rows they need."""
+        self.table = table
+        self.options = options
         self.sampler = sampler
-        self.ends_early = ends_early
-        self.observe_draft: Callable[[int, int], None] | None = None
+        self.read: tuple[Tensor, Tensor] | None = None
+        """Of the last forward: tokens [B] that were verified, and of them those that held."""
+        self._filled: Filled | None = None
+        """By the last forward."""
 
-    def step(self, logits: torch.Tensor, batch: Batch, plan: Plan, emitted: Emitted) -> None:
-        """Take the logits [n, V] of the plan's rows; changes the state and `emitted`."""
-        emitted.forwards += ~batch.prefilling
-        owner, length = plan.segments.owner, plan.segments.length
-        rows = np.bincount(owner, length, len(batch.slots)).astype(np.int64)
-        emitted.rows += rows
-        emitted.singles += (rows == 1) & ~batch.prefilling
-        if not len(plan.rows.owner):
+    def begin(self, schedule: Schedule) -> None:
+        """Take the batch of a schedule."""
+        self.schedule = schedule
+        count, device = len(schedule.slots), self.table.tokens.device
+        most = int(schedule.scheduled[schedule.decodes].max(initial=1))
+        self.emitted = Emitted(count, most, device)
+        self.tally = Tally()
+        self._options = self.options.read(schedule.batch.slot)
+        self._state = self.table.read(schedule.batch.slot)
+        self.sampler.logprobs.begin(schedule, self._first_emitted)
+
+    def _first_emitted(self) -> Tensor:
+        """[B] int64: position of the first token that each request may emit."""
+        batch, start = self.schedule.batch, self._state.start
+        if self.schedule.facts.family.block_causal:
+            start = start + fixed_columns(self._options, start)
+        return torch.where(batch.decodes, start, batch.computed + batch.scheduled)
+
+    def end(self) -> None:
+        """Store the canvases of the schedule's requests."""
+        self.table.write(self.schedule.batch.slot, self._state)
+
+    def plan(self) -> Plan:
+        """What the coming forward does, from the canvases as they are now."""
+        batch, facts = self.schedule.batch, self.schedule.facts
+        self._plan = make_plan(self.table, self._state, self._options, batch, facts)
+        self._packed = pack(self._plan.rows, facts)
+        return self._plan
+
+    def logits_rows(self, begin: Tensor) -> Tensor:
+        """[n] int64: rows of the forward that need logits; those of a request start at `begin`
+        [B]."""
+        packed = self._packed
+        offset = packed.of(self._plan.rows.offset)
+        if packed.valid is not None:
+            offset = torch.where(packed.valid, offset, 0)
+        return begin[packed.owner] + offset
+
+    def row_owners(self) -> Tensor:
+        """[n] int64: batch index of the request of each of those rows."""
+        return self._packed.owner
+
+    def decide(self, logits: Tensor) -> None:
+        """Take the logits [n, V] of those rows; changes canvases and what is emitted."""
+        plan, packed = self._plan, self._packed
+        self.tally.add_forward(plan.segments.length)
+        self.read = None
+        reads = self._worth(plan.reads)
+        if not (reads or len(packed.owner)):
             return
-        drawn = self.sampler.draw(logits, batch, plan)
-        if plan.drafts is not None:
-            drafts.keep_right_ones(batch, plan, drawn)
-        looked = plan.look & ~plan.ahead
-        if plan.text.any() or batch.prefill_ends.any():
-            looked |= self._take_text(batch, plan, drawn, emitted)
-        if looked.any():
-            self._fill(logits, batch, plan, drawn, looked, emitted)
+        spread = self._draw(logits, packed)
+        state, looked = plan.state, plan.look & ~plan.ahead
+        self._filled = None
+        if reads:
+            state, looked = self._read_text(spread[0], looked)
+        if self._worth(looked):
+            state = self._fill(spread, packed, state, looked)
+        if self.sampler.logprobs.asked and len(packed.owner):
+            self.sampler.record(plan, packed, *decided(plan, spread[0], self._filled))
+        self._state = state
+        self.sampler.grammars.end_requests(self.schedule, self.tally)
 
-    def _take_text(self, batch: Batch, plan: Plan, drawn: Drawn, emitted: Emitted) -> np.ndarray:
-        """Commit or verify canvases and begin the next ones.
+    def _find_broken(self, drawn: Drawn) -> None:
+        """Find requests whose logits mean nothing; constraints may leave an honest row no token."""
+        packed = self._packed
+        broken = drawn.probability == 0
+        if packed.valid is not None:
+            broken &= packed.valid
+        if self._worth(broken):
+            broken &= ~self._options.constrained[packed.owner]
+            rows = torch.zeros_like(self.schedule.batch.slot)
+            self.tally.add_broken(rows.index_add_(0, packed.owner, broken.long()))
 
-        Returns:
-            [B] bool, requests whose next canvas, already looked at, began with the seed guessed.
-        """
-        state, rows = self.state, plan.rows
-        # What follows each canvas column: its own next token unless a row says otherwise.
-        tokens = state.tokens[batch.slots]
-        following = np.roll(tokens, -1, axis=1)
-        chosen = np.flatnonzero((rows.kind == NEXT) & ~batch.prefilling[rows.owner])
-        following[rows.owner[chosen], rows.column[chosen]] = drawn.token[chosen]
-        columns = np.arange(tokens.shape[1] - 1)
-        wrong = (following[:, :-1] != tokens[:, 1:]) & (columns < plan.text[:, None] - 1)
-        length = plan.text
-        if len(columns):
-            length = np.where(wrong.any(1), wrong.argmax(1) + 1, length)
-        texts = np.flatnonzero(plan.text)
-        seeds = np.zeros_like(plan.text)
-        seeds[texts] = following[texts, length[texts] - 1]
-        start = np.where(batch.prefilling, batch.computed + batch.scheduled, 0)
-        start[texts] = state.start[batch.slots[texts]] + length[texts]
-        first = np.flatnonzero((rows.kind == NEXT) & batch.prefilling[rows.owner])
-        seeds[rows.owner[first]] = drawn.token[first]
+    def _draw(self, logits: Tensor, packed: Packed) -> list[Tensor]:
+        """[B, K] each: tokens, probabilities and confidences of needed rows, 0 elsewhere."""
+        plan = self._plan
+        if not len(packed.owner):
+            # A block is committed, or a prompt ends, that no seed follows.
+            nothing = torch.zeros_like(plan.rows.offset)
+            return [nothing, nothing.float(), nothing.float()]
+        drawn = self.sampler.draw(logits, plan, packed, self.schedule)
+        self._find_broken(drawn)
+        spread = [self._spread(drawn.token), self._spread(drawn.probability)]
+        # Greedy rows that are ranked by probability have one tensor for both.
+        same = drawn.confidence is drawn.probability
+        return [*spread, spread[1] if same else self._spread(drawn.confidence)]
 
-        for index in texts:
-            wanted = self._emit(index, tokens[index, : length[index]], batch, emitted)
-            if self.observe_draft is not None and state.auto[batch.slots[index]]:
-                self.observe_draft(int(plan.text[index]), wanted)
-            if not emitted.ended[index] and emitted.count[index] < batch.scheduled[index]:
-                self._end_at_seed(index, seeds[index], start[index], batch, emitted)
-        kept = plan.ahead & (length == plan.text) & (seeds == state.guess[batch.slots])
-        emitted.guesses += plan.ahead
-        emitted.hits += kept
-        begun = np.flatnonzero((plan.text > 0) | batch.prefill_ends)
-        state.begin(batch.slots[begun], start[begun], seeds[begun])
-        return kept
+    def _worth(self, flags: Tensor) -> bool:
+        """Whether any flag is set, where that may be asked."""
+        return self.schedule.facts.static or bool(flags.any())
 
-    def _emit(self, index: int, tokens: np.ndarray, batch: Batch, emitted: Emitted) -> int:
-        """Emit committed text from the start of the canvas.
+    def _spread(self, values: Tensor) -> Tensor:
+        """[B, K]: what was drawn for packed rows, where it belongs."""
+        count, rows = self._plan.rows.needed.shape
+        return self._packed.spread(values, count, rows)
 
-        Returns:
-            Tokens up to the one that ends the request, or all.
-        """
-        slot = batch.slots[index : index + 1]
-        positions = self.state.start[slot] + np.arange(len(tokens))
-        emitted.append(index, tokens)
-        last = self.state.is_last(slot, tokens[None], positions[None])[0]
-        emitted.ended[index] |= last.any()
-        return int(last.argmax()) + 1 if last.any() else len(tokens)
+    def _read_text(self, token: Tensor, looked: Tensor) -> tuple[Canvas, Tensor]:
+        """Commit or verify canvases, begin the next ones; which of those to fill."""
+        plan, batch, facts = self._plan, self.schedule.batch, self.schedule.facts
+        following = token[:, : plan.num_next]
+        text = decide.read_text(self.table, plan, batch, facts, following)
+        tokens = plan.state.tokens
+        self._keep_text(text.length)
+        last = self._is_last(tokens, plan.state.start[:, None] + self.table.columns)
+        last &= self.table.columns < text.length[:, None]
+        self._emit(tokens, text.length, plan.state.start)
+        self.emitted.ended |= last.any(1)
+        if facts.family.seed != "never":
+            # Nothing comes after a seed that ends its request and would need its KV.
+            ends = self._is_last(text.seed[:, None], text.begin[:, None])[:, 0]
+            ends &= (text.length > 0) & ~self.emitted.ended
+            ends &= self.emitted.count < batch.scheduled
+            self.emitted.append(text.seed[:, None], ends.long())
+            self.emitted.ended |= ends
+        self._count_text(plan, text)
+        state = decide.begin_canvases(self.table, plan, text, batch, facts)
+        if facts.family.thinking_budget:
+            state = self.sampler.constraints.end_thinking(state, plan.reads, self.schedule)
+        return state, looked | text.kept
 
-    def _end_at_seed(
-        self, index: int, seed: int, position: int, batch: Batch, emitted: Emitted
-    ) -> None:
-        """Emit a seed that ends the request: nothing comes after it that would need its KV."""
-        slot = batch.slots[index : index + 1]
-        token, at = np.array([seed]), np.array([position])
-        if self.ends_early and self.state.is_last(slot, token, at)[0]:
-            emitted.append(index, token)
-            emitted.ended[index] = True
+    def _emit(self, tokens: Tensor, columns: Tensor, start: Tensor) -> None:
+        """Emit the first `columns` [B] of canvases `tokens` [B, L] at `start` [B], but for what is
+        of a prompt."""
+        if self.schedule.facts.family.block_causal:
+            fixed = fixed_columns(self._options, start)
+            places = self.table.columns + fixed[:, None]
+            tokens = tokens.gather(1, places.clamp(max=tokens.shape[1] - 1))
+            columns = (columns - fixed).clamp(min=0)
+        self.emitted.append(tokens, columns)
 
-    def _fill(
-        self,
-        logits: torch.Tensor,
-        batch: Batch,
-        plan: Plan,
-        drawn: Drawn,
-        looked: np.ndarray,
-        emitted: Emitted,
-    ) -> None:
-        """Fill canvas positions of the requests `looked` [B] bool."""
-        state, rows, mask = self.state, plan.rows, self.state.config.mask_token_id
-        fills = np.flatnonzero((rows.kind == FILL) & looked[rows.owner])
-        where = rows.owner[fills], rows.column[fills]
-        proposed = np.full(plan.canvas.shape, mask)
-        likely, rank = np.zeros((2, *plan.canvas.shape), np.float32)
-        proposed[where] = drawn.token[fills]
-        likely[where] = drawn.probability[fills]
-        rank[where] = drawn.confidence[fills]
+    def _is_last(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.table.is_last(self.schedule.batch.slot, self._options, tokens, positions)
 
-        active = plan.active & looked[:, None]
-        accepted = self._select(batch, plan, active, rank, likely)
-        if state.constraints:
-            self.sampler.undo_bad_words(batch, plan, proposed, rank, accepted)
-        accepted &= proposed != mask
+    def _keep_text(self, length: Tensor) -> None:
+        """Write what is final into the requests' tokens, where constraints read it."""
+        constraints, plan = self.sampler.constraints, self._plan
+        if not constraints.constrained[self.schedule.slots].any():
+            return
+        start = plan.state.start[:, None]
+        final = self.table.columns < length[:, None]
+        # What is not final rewrites the token before it.
+        place = torch.where(final, start + self.table.columns, (start - 1).clamp(min=0))
+        slot = self.schedule.batch.slot[:, None]
+        old = constraints.text[slot, place]
+        constraints.text[slot, place] = torch.where(final, plan.state.tokens.to(old.dtype), old)
+
+    def _fill(self, spread: list[Tensor], packed: Packed, state: Canvas, looked: Tensor) -> Canvas:
+        """Fill canvases of the requests `looked` [B] bool."""
+        plan, schedule = self._plan, self.schedule
+        batch, facts = schedule.batch, schedule.facts
+        level = self._level(spread)
+        proposal = Proposal(
+            self._of_level(plan.canvas, level),
+            self._of_level(plan.active, level),
+            *(self._of_level(self._of_canvases(field), level) for field in spread),
+        )
+        accepted = decide.choose(plan, proposal, looked, facts)
+        proposal, accepted = self.sampler.legal(plan, proposal, accepted, schedule)
         stuck = looked & ~accepted.any(1)
-        if stuck.any():
-            owner, column, token = self.sampler.fill_likeliest(logits, plan, stuck)
-            accepted[owner, column] = True
-            proposed[owner, column] = token
+        if facts.edits:
+            masked = proposal.active & (proposal.canvas == facts.mask_token_id)
+            stuck = looked & masked.any(1) & ~(accepted & masked).any(1)
+        if self._worth(stuck):
+            proposal, accepted = self._unstick(packed, proposal, accepted, stuck, level)
+        self._filled = Filled(proposal.token, accepted, level)
+        guess = None
+        if facts.guesses:
+            guess = torch.where(plan.rows.needed[:, -1], spread[0][:, -1], NO_TOKEN)
+        state = decide.fill(
+            self.table, plan, batch, facts, state, proposal, looked, accepted, guess
+        )
+        # A filled position never changes, so what ends a request needs no commit.
+        ends = decide.early_ends(self.table, plan, batch, facts, state, looked)
+        if self._worth(ends):
+            room = torch.where(self.emitted.ended, 0, batch.scheduled - self.emitted.count)
+            if facts.family.block_causal:
+                room = room + fixed_columns(self._options, state.start)
+            count = ends.cumsum(1).eq(0).sum(1) + 1
+            count = torch.where(ends.any(1) & (count <= room), count, 0)
+            self._emit(state.tokens, count, state.start)
+            self.emitted.ended |= count > 0
+        return state
 
-        done = np.flatnonzero(looked)
-        slots = batch.slots[done]
-        canvas = np.where(accepted, proposed, plan.canvas)
-        state.tokens[slots] = canvas[done]
-        state.step[slots] += 1
-        if state.num_drafts[slots].any():
-            left = active & ~accepted & (proposed != mask)
-            state.proposed[slots] = np.where(left, proposed, NO_TOKEN)[done]
-            state.rank[slots] = rank[done]
-        size = state.sub_block_length[slots]
-        state.cached[slots] = active[done].argmax(1) // size * size
-        state.guess[slots] = NO_TOKEN
-        guesses = np.flatnonzero((rows.kind == GUESS) & looked[rows.owner])
-        state.guess[batch.slots[rows.owner[guesses]]] = drawn.token[guesses]
-        if self.ends_early:
-            self._end_early(batch, plan, canvas, looked, emitted)
+    def _of_canvases(self, values: Tensor) -> Tensor:
+        """[B, C, L]: of [B, K] rows those of the canvases."""
+        shape, first = self._plan.canvas.shape, self._plan.num_next
+        return values[:, first : first + shape[1] * shape[2]].reshape(shape)
 
-    def _select(
+    def _level(self, spread: list[Tensor]) -> Tensor | None:
+        """[B] int64: which version of its canvas each request goes on from; None: the canvas."""
+        if not self.schedule.facts.versions:
+            return None
+        plan = self._plan
+        token, confidence = self._of_canvases(spread[0]), self._of_canvases(spread[2])
+        return versions.last_right(plan.canvas, plan.exists, plan.active, token, confidence)
+
+    @staticmethod
+    def _of_level(values: Tensor, level: Tensor | None) -> Tensor:
+        """[B, L]: of [B, C, L] the canvas of that level."""
+        if level is None:
+            return values[:, 0]
+        return values[torch.arange(len(level), device=level.device), level]
+
+    def _unstick(
         self,
-        batch: Batch,
-        plan: Plan,
-        active: np.ndarray,
-        rank: np.ndarray,
-        likely: np.ndarray,
-    ) -> np.ndarray:
-        """Positions [B, L] bool that every request's own rule takes."""
-        names = [self.state.rule[slot] for slot in batch.slots]
-        threshold = self.state.threshold[batch.slots]
-        accepted = np.zeros_like(active)
-        for name in set(names):
-            own = np.flatnonzero([name == other for other in names])
-            accepted[own] = rules.select(
-                RULES[name], active[own], rank[own], likely[own], threshold[own], plan.quota[own]
+        packed: Packed,
+        proposal: Proposal,
+        accepted: Tensor,
+        stuck: Tensor,
+        level: Tensor | None,
+    ) -> tuple[Proposal, Tensor]:
+        """Fill the likeliest position of each `stuck` [B] request with its best other token."""
+        wanted = torch.zeros_like(self._plan.active)
+        requests = torch.arange(len(stuck), device=stuck.device)
+        of_stuck = proposal.active & stuck[:, None]
+        if self.schedule.facts.edits:
+            of_stuck &= proposal.canvas == self.schedule.facts.mask_token_id
+        wanted[requests, 0 if level is None else level] = of_stuck
+        begin = torch.zeros_like(self._plan.rows.needed[:, : self._plan.num_next])
+        rows = packed.of(torch.cat([begin, wanted.flatten(1)], dim=1))
+        if packed.valid is not None:
+            rows &= packed.valid
+        other = self.sampler.best_others(rows)
+        token, probability = (
+            self._of_level(self._of_canvases(self._spread(field)), level)
+            for field in (other.token, other.probability)
+        )
+        likely = probability.masked_fill(~of_stuck, -1.0)
+        best = torch.zeros_like(accepted).scatter(1, likely.argmax(1, keepdim=True), True)
+        best &= of_stuck
+        # A row that leaves no token gives 0, which may be the mask: any other one ends the step.
+        mask = self.schedule.facts.mask_token_id
+        token = torch.where(token == mask, int(mask == 0), token)
+        return proposal._replace(token=torch.where(best, token, proposal.token)), accepted | best
+
+    def _count_text(self, plan: Plan, text: Text) -> None:
+        """Add what was read to the counts."""
+        facts = self.schedule.facts
+        if facts.guesses:
+            self.tally.add_guesses(plan.ahead, text.kept)
+        if facts.verifies:
+            verified = plan.options.verifies & (plan.text > 0)
+            self.tally.add_drafts(
+                torch.where(verified, plan.text - 1, 0), torch.where(verified, text.length - 1, 0)
             )
-        return accepted
+            self.read = plan.text, text.length
 
-    def _end_early(
-        self,
-        batch: Batch,
-        plan: Plan,
-        canvas: np.ndarray,
-        looked: np.ndarray,
-        emitted: Emitted,
-    ) -> None:
-        """End requests at a stop token, or the last wanted position, with no mask before it.
+    def goes_on(self) -> bool:
+        """Whether another forward may run before the scheduler has to know.
 
-        Filled positions never change, so no commit is needed. Drafts may change.
+        Only where values may be read. Not with prompts in the batch, once a request ended, or
+        where one has no room for more tokens in this schedule.
         """
-        state, columns = self.state, np.arange(canvas.shape[1])
-        room = np.minimum(plan.width, batch.scheduled - emitted.count)
-        room[~looked | state.verifies[batch.slots]] = 0
-        positions = state.start[batch.slots][:, None] + columns
-        ends = state.is_last(batch.slots, canvas, positions) & (columns < room[:, None])
-        ends &= (canvas == state.config.mask_token_id).cumsum(1) == 0
-        for index in np.flatnonzero(ends.any(1)):
-            emitted.append(index, canvas[index, : ends[index].argmax() + 1])
-            emitted.ended[index] = True
+        schedule, emitted = self.schedule, self.emitted
+        if schedule.facts.static or schedule.facts.prefills or bool(emitted.ended.any()):
+            return False
+        if not bool(emitted.count.any()):
+            return True
+        return bool((self._state.width <= schedule.batch.scheduled - emitted.count).all())

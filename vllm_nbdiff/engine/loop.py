@@ -6,173 +6,111 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
-from vllm.config import VllmConfig
-from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from vllm_nbdiff.engine.auto import CostModel, WidthChooser
-from vllm_nbdiff.engine.decoder import Decoder, Emitted
-from vllm_nbdiff.engine.drafts import add_drafts
-from vllm_nbdiff.engine.plan import Batch, Plan, make_plan
-from vllm_nbdiff.engine.segments import PagedBatch, SegmentForward, Segments
+from vllm_nbdiff.engine.auto import AutoDrafts
+from vllm_nbdiff.engine.decoder import Decoder
+from vllm_nbdiff.engine.forward import Forward, PagedBatch
+from vllm_nbdiff.engine.schedule import Schedule
 
 
 class ForwardLoop:
-    """Plans forwards of the scheduled batch, runs them and has them decided."""
+    """Runs the forwards that a decoder plans.
 
-    batch: Batch
-    plan: Plan
-    _paged: PagedBatch
-    _planned: SegmentForward | None
+    The first one is the runner's. Where shapes are static it has the runner's rows and is the only
+    one; elsewhere it has rows of its own, and others follow.
+    """
 
     def __init__(
         self,
         model: Any,
         decoder: Decoder,
-        vllm_config: VllmConfig,
-        device: torch.device,
+        auto: AutoDrafts,
         steps_per_schedule: int,
+        seconds_per_schedule: float,
     ) -> None:
+        """
+        Args:
+            model: of vLLM, one of `families`.
+            decoder: of all requests.
+            auto: chooses how much requests of mode `auto` draft.
+            steps_per_schedule: most forwards of a schedule.
+            seconds_per_schedule: none begins later than that in a schedule, so that new requests
+                and aborts are seen.
+        """
         self.model = model
         self.decoder = decoder
-        self.canvas = decoder.state
-        self.vllm_config = vllm_config
-        self.device = device
+        self.auto = auto
         self.steps_per_schedule = steps_per_schedule
-        # The runner's forward was not the planned one.
-        self.postponed = False
-        self._widths: WidthChooser | None = None
-        self._ended: float | None = None  # time of the end of the last schedule
+        self.seconds_per_schedule = seconds_per_schedule
+        self.forward: Forward | None = None
 
-    def begin(self, batch: Batch, paged: PagedBatch) -> SegmentForward | None:
-        """The first forward of a schedule, None where there is nothing to compute."""
-        self.batch, self._paged = batch, paged
-        self._planned = self._next_forward()
-        return self._planned
+    def begin(self, schedule: Schedule, paged: PagedBatch) -> dict[str, Any]:
+        """Attention metadata of a schedule's first forward, whose rows of logits are set."""
+        self._paged = paged
+        self.decoder.begin(schedule)
+        plan, runner = self.decoder.plan(), paged.input_batch
+        if schedule.facts.static:
+            metadata = paged.in_place(plan, schedule.batch, schedule.facts, schedule.longest)
+            runner.logits_indices = self.decoder.logits_rows(runner.query_start_loc)
+            return metadata
+        self.forward = paged.forward(plan, schedule.batch, schedule.facts)
+        if self.forward is None:
+            # There is nothing to compute: the runner's rows must not write KV.
+            paged.slot_mappings.fill_(PAD_SLOT_ID)
+            runner.logits_indices = torch.zeros(0, dtype=torch.int64)
+            return paged.of_runner(int(runner.seq_lens.max()))
+        runner.logits_indices = self._needed_rows(self.forward)
+        if schedule.scores_prompt:
+            # vLLM scores prompts where the runner laid them out.
+            order = self._rows_of_runner(self.forward)
+            self.forward.order = torch.cat([order, torch.arange(len(self.forward.input_ids))])
+            runner.logits_indices = runner.logits_indices + len(order)
+        return self.forward.metadata
 
-    def needed_rows(self) -> torch.Tensor:
-        """[n] int64, the rows of the planned forward that need logits."""
-        return torch.from_numpy(self.plan.rows.index).to(self.device)
+    def _rows_of_runner(self, forward: Forward) -> torch.Tensor:
+        """[n] int64: rows of a forward of its own rows that hold the runner's; of canvases any."""
+        runner = self._paged.input_batch
+        count = forward.segments.length.sum(1)
+        scheduled = torch.from_numpy(runner.num_scheduled_tokens[: len(count)])
+        owner = torch.arange(len(count)).repeat_interleave(scheduled)
+        offset = torch.arange(len(owner)) - runner.query_start_loc[owner]
+        begin = count.cumsum(0) - count
+        last = (begin + count - 1).clamp(min=0)
+        return torch.minimum(begin[owner] + offset, last[owner])
 
-    def _next_forward(self) -> SegmentForward | None:
-        """Plan a forward of the batch from the canvases as they are now."""
-        self.plan = make_plan(self.canvas, self.batch)
-        if not len(self.plan.segments.owner):
-            return None
-        self.plan = add_drafts(self.canvas, self.batch, self.plan)
-        segments = self.plan.segments
-        if self.plan.drafts is not None:
-            self._copy_text(segments)
-        ids = [
-            self._prompt_ids(b) if self.batch.prefilling[b] else self._canvas_ids(s)
-            for s, b in enumerate(segments.owner.tolist())
-        ]
-        return self._paged.forward(segments, np.concatenate(ids))
+    def _needed_rows(self, forward: Forward) -> torch.Tensor:
+        """[n] int64, the rows of a forward of its own rows that need logits."""
+        count = forward.segments.length.sum(1)
+        return self.decoder.logits_rows(count.cumsum(0) - count)
 
-    def _copy_text(self, segments: Segments) -> None:
-        """Once a block, give the pages of drafts the text before the canvas."""
-        slots = self.batch.slots[segments.owner]
-        new = segments.version > self.canvas.copied[slots]
-        self._paged.copy_text(segments, new)
-        np.maximum.at(self.canvas.copied, slots, segments.version)
-
-    def _prompt_ids(self, index: int) -> np.ndarray:
-        begin = self.batch.prompt_start[index]
-        return self.batch.prompt_ids[begin : begin + self.batch.scheduled[index]]
-
-    def _canvas_ids(self, index: int) -> np.ndarray:
-        """Tokens of a segment of canvas columns."""
-        plan, segments = self.plan, self.plan.segments
-        b = segments.owner[index]
-        slot = self.batch.slots[b]
-        start = self.canvas.start[slot]
-        tokens = self.canvas.tokens[slot]
-        if segments.version[index]:
-            assert plan.drafts is not None
-            tokens = plan.drafts.canvas[index - len(segments.owner)]
-        elif not segments.causal[index]:
-            tokens = plan.canvas[b]
-            start += plan.text[b]
-        low = segments.first[index] - start
-        return tokens[low : low + segments.length[index]]
-
-    def run(self, logits: torch.Tensor) -> Emitted:
-        """Decide the schedule's first forward, then go on until the scheduler has to know.
-
-        That is once a request has no room for more tokens in this schedule, ends, or has
-        constraints that read emitted tokens. With prefill in the batch there is one forward.
-        """
-        batch, decoder = self.batch, self.decoder
-        self._choose_widths(batch)
-        emitted = Emitted.nothing(len(batch.slots), self.canvas.tokens.shape[1])
-        if self._planned is None:
-            return emitted
-        if self.postponed:
-            self.postponed = False
-            logits = self._logits(self._planned)
-        decoder.step(logits, batch, self.plan, emitted)
-        first_rows = int(self.plan.segments.length.sum())
-        more = 0 if batch.prefilling.any() else self.steps_per_schedule - 1
-        while more and self._goes_on(emitted):
-            more -= 1
+    def run(self, logits: torch.Tensor) -> None:
+        """Decide the first forward, and run and decide those that follow it."""
+        decoder, auto = self.decoder, self.auto
+        end = perf_counter() + self.seconds_per_schedule
+        auto.begin_schedule(decoder.schedule)
+        decoder.decide(logits)
+        auto.observe_drafts(decoder.read)
+        forwards = 1
+        while forwards < self.steps_per_schedule and decoder.goes_on():
             began = perf_counter()
-            forward = self._next_forward()
-            assert forward is not None
+            if began > end:
+                break
+            forwards += 1
+            schedule = decoder.schedule
+            forward = self._paged.forward(decoder.plan(), schedule.batch, schedule.facts)
+            if forward is None:
+                break
             planned = perf_counter()
-            logits = self._logits(forward)
-            if self._widths is not None:
-                self._wait()
+            hidden = self.model(input_ids=None, positions=forward.rows.position, segments=forward)
+            logits = self.model.compute_logits(hidden[self._needed_rows(forward)])
             ran = perf_counter()
-            decoder.step(logits, batch, self.plan, emitted)
-            if self._widths is not None:
-                rows, whole = len(forward.input_ids), perf_counter() - began
-                self._widths.observe_forward(rows, ran - planned, whole)
-        self._observe_schedule(int(emitted.forwards.max()), first_rows)
-        # What follows an end or a prefill is not the time of a schedule alone.
-        steady = not (emitted.ended.any() or batch.prefilling.any())
-        self._ended = perf_counter() if steady else None
-        return emitted
-
-    def _logits(self, forward: SegmentForward) -> torch.Tensor:
-        """Logits [n, V] of the rows that the plan needs."""
-        hidden = self.model(input_ids=None, positions=forward.positions, segments=forward)
-        return self.model.compute_logits(hidden[self.needed_rows()])
-
-    def _observe_schedule(self, forwards: int, rows: int) -> None:
-        if self._widths is not None and self._ended is not None:
-            self._widths.observe_schedule(perf_counter() - self._ended, forwards, rows)
-
-    def _choose_widths(self, batch: Batch) -> None:
-        """Set the width of canvases that requests of mode `auto` begin in this schedule."""
-        auto = self.canvas.auto[batch.slots]
-        if not auto.any():
-            return
-        if self._widths is None:
-            cost = CostModel(self.run_rows)
-            self._widths = WidthChooser(cost, self.canvas.tokens.shape[1], self.steps_per_schedule)
-            self.decoder.observe_draft = self._widths.observe
-        others = self.canvas.width[batch.slots[~auto & ~batch.prefilling]]
-        width = self._widths.choose(int(auto.sum()), int(others.sum()))
-        self.canvas.set_draft_length(batch.slots[auto], width)
-
-    def run_rows(self, rows: int) -> None:
-        """The model's forward and logits of `rows` tokens without attention, for its time."""
-        ids = torch.zeros(rows, dtype=torch.int32, device=self.device)
-        positions = torch.arange(rows, device=self.device)
-        with set_forward_context(None, self.vllm_config, num_tokens=rows):
-            self.model.compute_logits(self.model(input_ids=ids, positions=positions))
-        self._wait()
-
-    def _wait(self) -> None:
-        """Until the device is done: what is timed must have been computed."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _goes_on(self, emitted: Emitted) -> bool:
-        slots = self.batch.slots
-        if emitted.ended.any() or not emitted.count.any():
-            return not emitted.ended.any()
-        if any(slot in self.canvas.constraints for slot in slots[emitted.count > 0].tolist()):
-            return False
-        return bool((self.canvas.width[slots] <= self.batch.scheduled - emitted.count).all())
+            decoder.decide(logits)
+            auto.observe_drafts(decoder.read)
+            auto.observe_forward(len(forward.input_ids), ran - planned, perf_counter() - began)
+        decoder.end()
+        broken = decoder.tally.broken
+        if broken is not None and not decoder.schedule.facts.static:
+            self._paged.heal(broken.nonzero()[:, 0])
+        auto.end_schedule(forwards, decoder.emitted, decoder.schedule.facts.prefills)

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hooks of model runner V2.
-
-A batch is decoded on the device (`device.py`) in the runner's own rows, or on the host (`loop.py`)
-in rows of its own: on CPU, and where a request has options that the device cannot serve.
-"""
+"""The hooks of model runner V2."""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +13,8 @@ import torch.nn as nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
-from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -30,25 +24,30 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_nbdiff import compat
 from vllm_nbdiff.config import BlockDiffusionConfig
-from vllm_nbdiff.engine.canvas import CanvasState
-from vllm_nbdiff.engine.counts import pack
+from vllm_nbdiff.decoding.canvas import CanvasTable
+from vllm_nbdiff.engine.auto import AutoDrafts
+from vllm_nbdiff.engine.constraints import ConstraintTable
+from vllm_nbdiff.engine.counts import CountedOutput, count_nans
 from vllm_nbdiff.engine.decoder import Decoder
-from vllm_nbdiff.engine.drafts import draft_room
+from vllm_nbdiff.engine.forward import PagedBatch
+from vllm_nbdiff.engine.grammars import GrammarTable
+from vllm_nbdiff.engine.logprobs import LogprobTable
+from vllm_nbdiff.engine.lookahead import lookahead_tokens, row_limit
 from vllm_nbdiff.engine.loop import ForwardLoop
-from vllm_nbdiff.engine.plan import Batch
+from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine.sampler import RowSampler
-from vllm_nbdiff.engine.segments import PagedBatch, SegmentForward
-
-if TYPE_CHECKING:
-    from vllm_nbdiff.engine.device import DeviceDecoder
+from vllm_nbdiff.engine.schedule import ScheduleReader
 
 _CPU_STEPS_PER_SCHEDULE = 16
+_SECONDS_PER_SCHEDULE = 0.1
 
 
 class NBDiffModelState(ModelState):
     """Block-diffusion state of one worker."""
 
     num_new_sampled_tokens_per_step = 0
+    loop: ForwardLoop
+    reader: ScheduleReader
 
     def __init__(
         self,
@@ -58,68 +57,102 @@ class NBDiffModelState(ModelState):
         device: torch.device,
     ) -> None:
         compat.register_cpu_kernels()
+        compat.carry_counts()
         compat.ignore_grammar_of_warm_up()
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config = BlockDiffusionConfig.from_vllm_config(vllm_config)
-        self.canvas: CanvasState | None = None
-        self.decoder: Decoder | None = None
-        self.loop: ForwardLoop | None = None
-        self.device_decoder: DeviceDecoder | None = None
         self._model = model
-        self._forward: SegmentForward | None = None
         self._slot_of: dict[str, int] = {}
-        # CUDA graphs read it.
-        self._causal = torch.ones(self.max_num_reqs, dtype=torch.int32, device=device)
+        self._page_size = 0
+        self._row_limit = row_limit(vllm_config, self.config)
+        self._lookahead = np.zeros(self.max_num_reqs + 1, np.int64)
+        self._causal = torch.ones(self.max_num_reqs + 1, dtype=torch.int32, device=device)
 
     def _steps_per_schedule(self) -> int:
-        wanted = self.config.engine.max_steps_per_schedule
-        if self.vllm_config.kv_transfer_config is not None:
+        if self.vllm_config.kv_transfer_config is not None or self.config.static_shapes:
             return 1
-        if wanted is not None:
-            return wanted
-        return _CPU_STEPS_PER_SCHEDULE if self.device.type == "cpu" else 1
+        return self.config.engine.max_steps_per_schedule or _CPU_STEPS_PER_SCHEDULE
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace vLLM's sampler by ours."""
-        req_states: RequestState = sampler.req_states
-        scheduler = self.vllm_config.scheduler_config
-        self.canvas = CanvasState(
-            self.config,
-            req_states.max_num_reqs,
+        config, states = self.config, sampler.req_states
+        scheduler, slots = self.vllm_config.scheduler_config, states.max_num_reqs
+        self.table = CanvasTable(slots, config.block_length, config.vocab_size, self.device)
+        self.options = OptionTable(
+            config,
+            slots,
             self.model_config.max_model_len,
+            self._row_limit,
             self.model_config.seed,
+            self.device,
         )
-        # The async scheduler would put the pages of an uncommitted block into the prefix cache.
-        ends_early = not scheduler.async_scheduling
-        self.decoder = Decoder(self.canvas, RowSampler(self.canvas, req_states), ends_early)
-        self.loop = ForwardLoop(
-            self._model, self.decoder, self.vllm_config, self.device, self._steps_per_schedule()
+        self.constraints = ConstraintTable(
+            slots, config.vocab_size, states.all_token_ids.gpu, config.end_think_token_id
         )
-        if self.config.decoder == "device":
-            from vllm_nbdiff.engine.device import DeviceDecoder
-
-            self.device_decoder = DeviceDecoder(self.canvas, req_states, self.device)
-        return NBDiffSampler(self.loop, self.device_decoder), None
-
-    def initialize_kv_cache(
-        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
-    ) -> None:
-        """Called when all is loaded, before graphs are captured."""
-        if self.device_decoder is not None:
-            self.device_decoder.warm_up(self.dtype)
+        self.reader = ScheduleReader(
+            self.options,
+            self.table,
+            self.constraints.text,
+            self._lookahead,
+            config.static_shapes,
+            scheduler.max_num_batched_tokens,
+            self.device,
+        )
+        self.logprobs = LogprobTable(
+            slots,
+            config.block_length,
+            config.vocab_size,
+            self.model_config.logprobs_mode,
+            self.device,
+        )
+        self.grammars = GrammarTable(
+            self.vllm_config, slots, self.constraints.text, config.mask_token_id
+        )
+        rows = RowSampler(self.constraints, self.grammars, self.logprobs, config.mask_token_id)
+        decoder = Decoder(self.table, self.options, rows)
+        steps = self._steps_per_schedule()
+        auto = AutoDrafts(self.options, steps, config.static_shapes)
+        # Clocks differ between ranks, which must run the same forwards.
+        alone = config.tensor_parallel_size == 1
+        seconds = _SECONDS_PER_SCHEDULE if alone else math.inf
+        self.loop = ForwardLoop(self._model, decoder, auto, steps, seconds)
+        return NBDiffSampler(self.loop, sampler.compute_nans), None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        assert self.canvas is not None and new_req_data.sampling_params is not None
+        params = new_req_data.sampling_params
+        assert params is not None
         self._slot_of[new_req_data.req_id] = req_index
-        self.canvas.add_request(req_index, new_req_data.sampling_params, new_req_data.prompt_len)
-        if self.device_decoder is not None:
-            self.device_decoder.add_request(req_index)
+        prompt_len = new_req_data.prompt_len
+        constrained = self.constraints.add_request(req_index, params, prompt_len)
+        self.grammars.add_request(req_index, params, prompt_len)
+        options = self.options.add_request(req_index, params, prompt_len, constrained)
+        self.logprobs.add_request(req_index, self._logprobs_of(params))
+        self.reader.scores_prompt[req_index] = (
+            params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+        )
+        stops = set(params.stop_token_ids or ())
+        if params.eos_token_id is not None:
+            stops.add(params.eos_token_id)
+        self.table.set_stops(req_index, torch.tensor(sorted(stops), dtype=torch.int64))
+        self._lookahead[req_index] = lookahead_tokens(
+            options, self.config, self._page_size, self._row_limit
+        )
+
+    def _logprobs_of(self, params: SamplingParams) -> int | None:
+        """Likeliest tokens that a request wants beside its own; None: no log-probabilities."""
+        asked, size = params.num_logprobs, self.config.vocab_size
+        return asked if asked is None else size if asked == -1 else min(asked, size)
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
-            assert self.canvas is not None
-            self.canvas.remove_request(slot)
+            self.constraints.remove_request(slot)
+            self.logprobs.remove_request(slot)
+            self.grammars.remove_request(slot)
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
+        """Called when all is loaded, before graphs are captured."""
+        self._page_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
 
     def prepare_inputs_embeds(
         self,
@@ -130,8 +163,13 @@ class NBDiffModelState(ModelState):
         return None
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """The forward that `prepare_attn` planned, for the model in place of the runner's rows."""
-        forward, self._forward = self._forward, None
+        """The forward that `prepare_attn` planned, where it has rows of its own.
+
+        Order: `GPUModelRunner.execute_model` (vllm/v1/worker/gpu/model_runner.py):
+        `model_state.prepare_attn`, `model_state.prepare_inputs`.
+        """
+        forward = self.loop.forward
+        self.loop.forward = None
         return {} if forward is None else {"segments": forward}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
@@ -148,112 +186,43 @@ class NBDiffModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Choose the rows that get logits, and plan a forward that is not the runner's own."""
-        assert self.loop is not None
-        dummy = input_batch.num_draft_tokens_per_req is None
-        device = self.device_decoder
-        if device is not None and not dummy:
-            device.upload_options()
-            if device.serves(input_batch):
-                input_batch.logits_indices = device.begin(input_batch)
-                self._causal[: input_batch.num_reqs] = device.causal(
-                    input_batch.idx_mapping[: input_batch.num_reqs]
-                )
-                dummy = True
-        if not dummy:
-            paged = PagedBatch(
-                attn_groups, block_tables, kv_cache_config, self.vllm_config, self.device
-            )
-            batch = self._make_batch(input_batch, paged.page_size)
-            if device is not None:
-                device.pull(batch)
-            forward = self.loop.begin(batch, paged)
-            if forward is not None and cudagraph_mode != CUDAGraphMode.FULL:
-                self._forward = forward
-                input_batch.logits_indices = self.loop.needed_rows()
-                return forward.metadata
-            # A graph replays the runner's rows whatever is planned: it must not write KV, and the
-            # planned forward follows it.
-            slot_mappings.fill_(PAD_SLOT_ID)
-            self.loop.postponed = forward is not None
-            input_batch.logits_indices = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return self._runner_metadata(
-            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config
+        """Plan the forward, and choose the rows that get logits."""
+        paged = PagedBatch(
+            input_batch,
+            attn_groups,
+            block_tables,
+            slot_mappings,
+            kv_cache_config,
+            self.vllm_config,
+            self._causal,
+            cudagraph_mode == CUDAGraphMode.FULL,
         )
-
-    def _runner_metadata(
-        self,
-        input_batch: InputBatch,
-        cudagraph_mode: CUDAGraphMode,
-        block_tables: tuple[torch.Tensor, ...],
-        slot_mappings: torch.Tensor,
-        attn_groups: list[list[AttentionGroup]],
-        kv_cache_config: KVCacheConfig,
-    ) -> dict[str, Any]:
-        """Attention metadata of the rows that the runner prepared."""
-        num_reqs, num_tokens = input_batch.num_reqs, input_batch.num_tokens
-        if cudagraph_mode == CUDAGraphMode.FULL:
-            num_reqs = input_batch.num_reqs_after_padding
-            num_tokens = input_batch.num_tokens_after_padding
-        longest = input_batch.max_query_len or int(input_batch.num_scheduled_tokens.max())
-        return build_attn_metadata(
-            attn_groups=attn_groups,
-            num_reqs=num_reqs,
-            num_tokens=num_tokens,
-            query_start_loc_gpu=input_batch.query_start_loc,
-            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np),
-            max_query_len=longest,
-            seq_lens=input_batch.seq_lens,
-            max_seq_len=self.max_model_len,
-            block_tables=block_tables,
-            slot_mappings=slot_mappings,
-            kv_cache_config=kv_cache_config,
-            seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
-            positions=input_batch.positions,
-            is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
-            causal=self._causal[:num_reqs],
-        )
-
-    def _make_batch(self, input_batch: InputBatch, page_size: int) -> Batch:
-        assert self.canvas is not None
-        num_reqs = input_batch.num_reqs
-        slots = input_batch.idx_mapping_np[:num_reqs].astype(np.int64)
-        scheduled = input_batch.num_scheduled_tokens[:num_reqs].astype(np.int64)
-        prefilling = input_batch.num_draft_tokens_per_req[:num_reqs] == 0
-        computed = input_batch.num_computed_prefill_tokens_np[:num_reqs].astype(np.int64)
-        prompt_len = input_batch.prefill_len_np[:num_reqs]
-        # The scheduler gives every canvas the pages of one more block, and of drafts.
-        spare = draft_room(self.canvas.num_drafts[slots], scheduled, page_size)
-        room = self.canvas.start[slots] + scheduled + self.config.block_length + spare
-        return Batch(
-            slots=slots,
-            scheduled=scheduled,
-            prefilling=prefilling,
-            prefill_ends=prefilling & (computed + scheduled >= prompt_len),
-            computed=computed,
-            room=np.minimum(room, self.canvas.max_model_len),
-            page_size=page_size,
-            prompt_ids=input_batch.input_ids[: input_batch.num_tokens].cpu().numpy(),
-            prompt_start=input_batch.query_start_loc_np[:num_reqs],
-            max_rows=self.vllm_config.scheduler_config.max_num_batched_tokens,
-        )
+        if input_batch.num_draft_tokens_per_req is None:  # a dummy batch
+            self._causal.fill_(1)
+            return paged.of_runner(self.max_model_len)
+        self.options.upload()
+        schedule = self.reader.read(input_batch, paged.page_size, paged.is_graph)
+        return self.loop.begin(schedule, paged)
 
 
 class NBDiffSampler:
     """Stands in for vLLM's `Sampler` in model runner V2.
 
     It reports, per request, the tokens whose KV is final or that end it; of the canvas that was
-    scheduled the rest counts as rejected. `num_nans` carries what the forwards cost, which the
-    scheduler reads (`NBDiffScheduler.update_from_output`).
+    scheduled the rest counts as rejected.
+
+    Order: `GPUModelRunner.sample` (vllm/v1/worker/gpu/model_runner.py):
+    `input_batch.logits_indices`, `model.compute_logits`, `self.sampler`.
+    Upstream: `GPUModelRunner.add_requests`, `GPUModelRunner.postprocess_sampled`,
+    `GPUModelRunner._dummy_sampler_run` (vllm/v1/worker/gpu/model_runner.py).
     """
 
-    def __init__(self, loop: ForwardLoop, device_decoder: DeviceDecoder | None) -> None:
+    def __init__(self, loop: ForwardLoop, compute_nans: bool) -> None:
         self.loop = loop
-        self.device_decoder = device_decoder
+        self.compute_nans = compute_nans
         # The runner updates this table of [max_num_reqs, V] when it exists; penalties are computed
         # here from the tokens themselves.
         self.penalties_state = SimpleNamespace(output_bin_counts=None)
-        self.compute_nans = False
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
         """Done by `NBDiffModelState.add_request`."""
@@ -263,20 +232,24 @@ class NBDiffSampler:
 
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Decide the forward, given the logits [n, V] of its needed rows, and run what follows."""
-        device, decoder = self.loop.device, self.device_decoder
         if input_batch.num_draft_tokens_per_req is None:  # a dummy batch
-            none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=device)
+            none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=logits.device)
             return SamplerOutput(none[:, None].long(), None, None, none, none)
-        if decoder is not None and decoder.serves(input_batch):
-            return decoder.step(logits)
-        emitted, batch = self.loop.run(logits), self.loop.batch
-        if decoder is not None:
-            decoder.push(batch)
-        rejected = np.where(batch.prefilling, 0, batch.scheduled - emitted.count)
-        return SamplerOutput(
-            sampled_token_ids=torch.from_numpy(emitted.tokens).to(device),
-            logprobs_tensors=None,
-            num_nans=torch.from_numpy(pack(emitted)).to(device),
-            num_sampled=torch.from_numpy(emitted.count.astype(np.int32)).to(device),
-            num_rejected=torch.from_numpy(rejected.astype(np.int32)).to(device),
+        decoder = self.loop.decoder
+        nans = None
+        if self.compute_nans:
+            nans = count_nans(logits, decoder.row_owners(), input_batch.num_reqs)
+        self.loop.run(logits)
+        emitted, batch = decoder.emitted, decoder.schedule.batch
+        count = emitted.count
+        if (ends := decoder.tally.ends) is not None:
+            count = torch.where(ends, 0, count)
+        rejected = torch.where(batch.decodes, batch.scheduled - count, 0)
+        return CountedOutput(
+            sampled_token_ids=emitted.tokens,
+            logprobs_tensors=decoder.sampler.logprobs.collect(emitted.tokens),
+            num_nans=nans,
+            num_sampled=count.int(),
+            num_rejected=rejected.int(),
+            counts=decoder.tally.columns(batch.decodes),
         )

@@ -3,189 +3,173 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from vllm.v1.worker.gpu.states import RequestState
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_nbdiff.decoding.sampling import RowParams, sample, sample_greedy
-from vllm_nbdiff.engine.canvas import CanvasState
-from vllm_nbdiff.engine.constraints import bad_word_spans
-from vllm_nbdiff.engine.plan import FILL, Batch, Plan
+from vllm_nbdiff.decoding.decide import Proposal
+from vllm_nbdiff.decoding.draws import draw_rows
+from vllm_nbdiff.decoding.logprobs import process
+from vllm_nbdiff.decoding.needed import predicted
+from vllm_nbdiff.decoding.plan import Plan
+from vllm_nbdiff.decoding.rows import Packed
+from vllm_nbdiff.decoding.sampling import Drawn, RowParams
+from vllm_nbdiff.engine.constraints import ConstraintTable
+from vllm_nbdiff.engine.grammars import GrammarTable, apply_bits
+from vllm_nbdiff.engine.logprobs import LogprobTable
+from vllm_nbdiff.engine.schedule import Schedule
 from vllm_nbdiff.kernels.uniform import uniform
-
-
-@dataclass
-class Drawn:
-    """What was drawn for the n rows of a plan, on the host."""
-
-    token: np.ndarray  # [n] int64
-    probability: np.ndarray  # [n] float32
-    confidence: np.ndarray  # [n] float32, what positions are ranked by
 
 
 class RowSampler:
     """Draws tokens with every request's sampling parameters."""
 
-    def __init__(self, state: CanvasState, req_states: RequestState) -> None:
-        self.state = state
-        self.req_states = req_states
+    def __init__(
+        self,
+        constraints: ConstraintTable,
+        grammars: GrammarTable,
+        logprobs: LogprobTable,
+        mask_token_id: int,
+    ) -> None:
+        self.constraints = constraints
+        self.grammars = grammars
+        self.logprobs = logprobs
+        self.mask_token_id = mask_token_id
+        self._groups: list[tuple[Tensor | None, Tensor]] = []
+        self._params: RowParams | None = None
 
-    def draw(self, logits: torch.Tensor, batch: Batch, plan: Plan) -> Drawn:
-        """Draw from `logits` [n, V], which it may change, for the rows of `plan`."""
-        rows = plan.rows
-        mask = self.state.config.mask_token_id
-        # Text never holds the mask; a canvas position may keep it.
-        text = np.flatnonzero(rows.kind != FILL)
-        if len(text):
-            logits[_on(text, logits), mask] = -torch.inf
-        if not self.state.needs_distribution[batch.slots].any():
-            token, probability = sample_greedy(logits)
-            chance = _host(probability)
-            return Drawn(_host(token), chance, chance)
-        if self.state.constraints:
-            logits = self._constrain(logits, batch, plan)
-        params = self._row_params(batch, plan, logits.device)
-        token, probability, confidence = sample(logits, params, mask)
-        return Drawn(_host(token), _host(probability), _host(confidence))
+    def draw(self, logits: Tensor, plan: Plan, packed: Packed, schedule: Schedule) -> Drawn:
+        """Draw from `logits` [n, V], which it may change, for the rows that are `packed`."""
+        fills = self._fills(plan, packed)
+        if self.logprobs.asked:
+            self._logits, self._mask_logits = logits, logits[:, self.mask_token_id].clone()
+        self._groups = self._constrained(logits, plan, packed, schedule)
+        self._params = params = self._row_params(plan, packed, schedule)
+        parts = []
+        for rows, part in self._groups:
+            own = fills if rows is None else fills[rows]
+            # Text never holds the mask; a canvas position may keep it.
+            part[:, self.mask_token_id].masked_fill_(~own, -torch.inf)
+            needed = packed.valid if rows is None or packed.valid is None else packed.valid[rows]
+            own_params = params if rows is None or params is None else params[rows]
+            parts.append(draw_rows(part, own_params, self.mask_token_id, needed))
+        return self._joined(parts, len(logits))
 
-    def _row_params(self, batch: Batch, plan: Plan, device: torch.device) -> RowParams:
-        state, rows = self.state, plan.rows
-        slots = batch.slots[rows.owner]
+    def legal(
+        self, plan: Plan, proposal: Proposal, accepted: Tensor, schedule: Schedule
+    ) -> tuple[Proposal, Tensor]:
+        """What of a proposal, and of its `accepted` [B, L] bool columns, no constraint and no
+        grammar refuses now that the columns are filled together."""
+        proposal, accepted = self.grammars.walk(plan, proposal, accepted, self._draw_again)
+        accepted = self.constraints.undo_bad_words(accepted, plan, proposal, schedule)
+        return proposal, accepted & (proposal.token != self.mask_token_id)
 
-        def tensor(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
+    def _draw_again(self, row: int, bits: Tensor) -> int | None:
+        """The token for one of the last draw's constrained rows under a bitmask [1, W]."""
+        chosen, part = self._groups[-1]
+        assert chosen is not None, "constrained rows come last"
+        logits = part[row : row + 1].clone()
+        logits[:, self.mask_token_id] = -torch.inf
+        apply_bits(logits, bits, [0])
+        params = None if self._params is None else self._params[chosen[row : row + 1]]
+        drawn = draw_rows(logits, params, self.mask_token_id)
+        return int(drawn.token) if drawn.probability > 0 else None
 
+    def best_others(self, stuck: Tensor) -> Drawn:
+        """The best token but the mask for rows `stuck` [n] bool of the last draw, as if greedy.
+
+        The greedy tokens of all rows of their request were the mask; the reference would repeat
+        that step forever.
+        """
+        parts = []
+        for rows, part in self._groups:
+            own = stuck if rows is None else stuck[rows]
+            part[:, self.mask_token_id].masked_fill_(own, -torch.inf)
+            parts.append(draw_rows(part, None, self.mask_token_id, own))
+        return self._joined(parts, len(stuck))
+
+    def record(self, plan: Plan, packed: Packed, token: Tensor, used: Tensor) -> None:
+        """Keep the log-probabilities of tokens [B, K] int64, where `used` [B, K] bool, that the
+        last draw's rows gave."""
+        self.logprobs.record(plan, packed, token, used, self._rows_of)
+        del self._logits, self._mask_logits  # as large as all that a forward computes
+
+    def _rows_of(self, rows: Tensor) -> Tensor:
+        """[n, V] float32: logits of packed rows [n] int64, raw or processed."""
+        logits = self._logits[rows].float()
+        if not self.logprobs.processed:
+            logits[:, self.mask_token_id] = self._mask_logits[rows].float()
+            return logits
+        for chosen, part in self._groups:
+            if chosen is not None:
+                place = torch.full((len(self._logits),), -1, device=rows.device)
+                place[chosen] = torch.arange(len(chosen), device=rows.device)
+                own = place[rows]
+                logits = torch.where((own >= 0)[:, None], part[own.clamp(min=0)].float(), logits)
+        params = None if self._params is None else self._params[rows]
+        return process(logits, params, self.mask_token_id)
+
+    def _fills(self, plan: Plan, packed: Packed) -> Tensor:
+        """[n] bool: whether a row is for a canvas position."""
+        end = plan.num_next + plan.active[0].numel()
+        return (packed.place >= plan.num_next) & (packed.place < end)
+
+    def _row_params(self, plan: Plan, packed: Packed, schedule: Schedule) -> RowParams | None:
+        """None where all are greedy and ranked by probability."""
+        options, owner, asked = plan.options, packed.owner, schedule.asked
+        if not (asked.sampled or asked.scores):
+            return None
+        # A position's token depends on nothing but seed, position and step.
+        row = predicted(plan, schedule.batch, owner, packed.place)
         return RowParams(
-            temperature=tensor(state.temperature[slots]),
-            top_p=tensor(state.top_p[slots]),
-            top_k=tensor(state.top_k[slots]),
-            min_p=tensor(state.min_p[slots]),
-            algorithm=tensor(state.score[slots]),
-            # A position's token depends on nothing but seed, position and step.
-            draw=uniform(tensor(state.seed[slots]), tensor(rows.position), tensor(rows.step)),
+            temperature=options.temperature[owner],
+            top_p=options.top_p[owner],
+            top_k=options.top_k[owner],
+            min_p=options.min_p[owner],
+            algorithm=options.score[owner],
+            draw=uniform(options.rng_seed[owner], row.position, row.step),
+            asked=asked,
         )
 
-    def fill_likeliest(
-        self, logits: torch.Tensor, plan: Plan, stuck: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The likeliest position of each `stuck` request [B] bool, with its best other token.
+    def _constrained(
+        self, logits: Tensor, plan: Plan, packed: Packed, schedule: Schedule
+    ) -> list[tuple[Tensor | None, Tensor]]:
+        """Rows to draw from, the later ones in place of the earlier: those without constraints (or
+        all, where these are most), and a float32 copy, constrained, of the others."""
+        flags = self.constraints.constrained[schedule.slots]
+        if not flags.any():
+            return [(None, logits)]
+        if schedule.facts.static:
+            owner = np.arange(len(packed.owner)) // schedule.facts.rows
+        else:
+            owner = packed.owner.numpy()
+        constrained = flags[owner]
+        groups: list[tuple[Tensor | None, Tensor]] = []
+        if 2 * constrained.sum() < len(owner):
+            # To copy most rows costs more than to draw from the others twice.
+            groups.append((None, logits))
+        elif not constrained.all():
+            rows = async_tensor_h2d(np.flatnonzero(~constrained), device=logits.device)
+            groups.append((rows, logits[rows]))
+        if constrained.any():
+            chosen = np.flatnonzero(constrained)
+            rows = async_tensor_h2d(chosen, device=logits.device)
+            part = logits[rows].float()
+            own = Packed(packed.owner[rows], packed.place[rows], None)
+            self.grammars.mask(part, plan, own, owner[chosen], schedule)
+            self.constraints.apply(part, plan, own, owner[chosen], schedule)
+            groups.append((rows, part))
+        return groups
 
-        The greedy tokens of all its rows were the mask; the reference would repeat that step
-        forever.
-
-        Returns:
-            batch index, column, token of one position a request, [k] int64 each.
-        """
-        rows = np.flatnonzero(stuck[plan.rows.owner] & (plan.rows.kind == FILL))
-        chosen = logits[_on(rows, logits)].float()
-        chosen[:, self.state.config.mask_token_id] = -torch.inf
-        token, probability = (_host(x) for x in sample_greedy(chosen))
-        owner = plan.rows.owner[rows]
-        best = [
-            max(np.flatnonzero(owner == b), key=lambda i: probability[i])
-            for b in np.flatnonzero(stuck)
-        ]
-        return owner[best], plan.rows.column[rows][best], token[best]
-
-    def _constrain(self, logits: torch.Tensor, batch: Batch, plan: Plan) -> torch.Tensor:
-        """Logits with each constrained request's rows changed by its sampling parameters."""
-        constrained = [
-            (b, self.state.constraints[slot])
-            for b, slot in enumerate(batch.slots.tolist())
-            if slot in self.state.constraints
-        ]
-        if not constrained:
-            return logits
-        logits = logits.float()
-        for b, constraints in constrained:
-            prompt_len = int(self.req_states.prompt_len.np[batch.slots[b]])
-            own = plan.rows.owner == b
-            # A canvas position sees the filled ones; a next token what stands before it.
-            fills = np.flatnonzero(own & (plan.rows.kind == FILL))
-            drafts = plan.rows.draft[fills]
-            nexts = np.flatnonzero(own & (plan.rows.kind != FILL))
-            for group in [*(fills[drafts == d] for d in np.unique(drafts)), *nexts[:, None]]:
-                position = plan.rows.position[group]
-                tokens, known = self.history(batch, plan, b, int(plan.rows.draft[group[0]]))
-                if plan.rows.kind[group[0]] != FILL:
-                    end = int(position[0])
-                    tokens, known = tokens[: end + 1], known[: end + 1]
-                    known[end:] = False
-                index = _on(group, logits)
-                block = logits[index].cpu()
-                constraints.apply(block, position.tolist(), tokens, known, prompt_len)
-                logits[index] = block.to(logits.device)
-        return logits
-
-    def history(
-        self, batch: Batch, plan: Plan, index: int, draft: int = -1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A request's tokens with one column to spare, and which of them are known.
-
-        The canvas is that of the plan's `draft` if that is not negative. Only for requests without
-        tokens that the runner has not been told of.
-        """
-        slot = batch.slots[index]
-        prefilling = batch.prefilling[index]
-        start = int(batch.computed[index] + batch.scheduled[index])
-        block = self.state.tokens[slot, :0]
-        if not prefilling:
-            start = int(self.state.start[slot])
-            canvas = self.state.tokens[slot]
-            if draft >= 0:
-                assert plan.drafts is not None
-                canvas = plan.drafts.canvas[draft]
-            block = canvas[: self.state.width[slot]]
-        text = self.req_states.all_token_ids.gpu[slot, :start].cpu().long()
-        mask = self.state.config.mask_token_id
-        tokens = torch.cat([text, torch.from_numpy(block), torch.tensor([mask])])
-        known = torch.ones_like(tokens, dtype=torch.bool)
-        known[start:] = tokens[start:] != mask
-        return tokens, known
-
-    def undo_bad_words(
-        self,
-        batch: Batch,
-        plan: Plan,
-        proposed: np.ndarray,
-        rank: np.ndarray,
-        accepted: np.ndarray,
-    ) -> None:
-        """Take back positions accepted together that form a bad word, least confident first.
-
-        One position alone cannot complete a bad word (`Constraints.apply`), so one is always kept.
-
-        Args:
-            batch: scheduled requests.
-            plan: of the forward.
-            proposed: [B, L] int64, token of every active column.
-            rank: [B, L] float, confidence of every active column.
-            accepted: [B, L] bool, changed in place.
-        """
-        mask = self.state.config.mask_token_id
-        for b, slot in enumerate(batch.slots.tolist()):
-            constraints = self.state.constraints.get(slot)
-            if constraints is None or not constraints.bad_words or not plan.look[b]:
-                continue
-            text, known = self.history(batch, plan, b)
-            start, width = int(self.state.start[slot]), int(plan.width[b])
-            while True:
-                new = accepted[b, :width]
-                block = np.where(new, proposed[b, :width], plan.canvas[b, :width])
-                text[start : start + width] = torch.from_numpy(block)
-                known[start : start + width] = torch.from_numpy(block != mask)
-                spans = bad_word_spans(constraints.bad_words, start, text, known)
-                fresh = [i - start for span in spans for i in span if i >= start and new[i - start]]
-                if not fresh:
-                    break
-                accepted[b, min(fresh, key=lambda column: rank[b, column])] = False
-
-
-def _host(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.cpu().numpy()
-
-
-def _on(index: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(index).to(tensor.device)
+    def _joined(self, parts: list[Drawn], count: int) -> Drawn:
+        """What was drawn for each group, in the order of the rows."""
+        groups, whole = self._groups, parts[0]
+        if groups[0][0] is None:
+            groups, parts = groups[1:], parts[1:]
+        else:
+            whole = Drawn(*(field.new_zeros(count) for field in whole))
+        for (rows, _), part in zip(groups, parts, strict=True):
+            for field, values in zip(whole, part, strict=True):
+                field[rows] = values
+        return whole

@@ -8,18 +8,69 @@ all of them accepted. There is no bonus token.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_nbdiff import compat
 from vllm_nbdiff.config import BlockDiffusionConfig
-from vllm_nbdiff.engine.counts import unpack
-from vllm_nbdiff.engine.drafts import draft_room
-from vllm_nbdiff.request import RequestOptions, parse_options
+from vllm_nbdiff.engine.counts import Counts
+from vllm_nbdiff.engine.lookahead import canvas_tokens, lookahead_tokens, row_limit
+from vllm_nbdiff.names import LOGGER
+from vllm_nbdiff.request import parse_options
+
+logger = init_logger(LOGGER)
+
+
+@dataclass
+class Canvas:
+    """What one request is given."""
+
+    tokens: int  # of every schedule in which its canvas takes part
+    lookahead: int  # tokens behind them that have pages
+    kind: str  # one of `compat.KINDS`
+    turn: int = 0  # the order in which canvases took part last; 0: not yet
+
+
+class PrefillShare:
+    """Half of the token budget for prompts, where they and canvases want more than all of it.
+
+    Canvases are not split, so prompts may get more than half while some are held back; what they
+    do, the canvases get in the next schedule. Beside the other kind neither takes more than about
+    twice as long as alone.
+    """
+
+    def __init__(self, budget: int, chunk: int = 1) -> None:
+        """
+        Args:
+            budget: tokens of a schedule.
+            chunk: prompts are computed in multiples of so many tokens.
+        """
+        self.budget = budget
+        self.chunk = chunk
+        self._owed = 0
+
+    def reserve(self, wanted: int) -> int:
+        """Tokens of the coming schedule that canvases leave to prompts, which want `wanted`."""
+        half = self.budget // 2
+        self._owed = min(self._owed + half, max(half, self.chunk), wanted)
+        # Less than a chunk is of no use to them: it adds up.
+        return self._owed if self._owed >= min(self.chunk, max(wanted, 1)) else 0
+
+    def settle(self, used: int) -> None:
+        """Account for the tokens that prompts got while canvases were held back for them."""
+        self._owed -= used
 
 
 class NBDiffScheduler(Scheduler):
@@ -29,50 +80,170 @@ class NBDiffScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         # vLLM derives this from `is_diffusion`, which stays false here (see config.py).
         self.num_sampled_tokens_per_step = 0
+        compat.share_compiler(self.structured_output_manager)
         self._config = BlockDiffusionConfig.from_vllm_config(self.vllm_config)
         self._page_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._counts: dict[str, int] = {}
+        self._row_limit = row_limit(self.vllm_config, self._config)
+        self._counts: dict[str, Counts[int]] = {}
+        self._canvases: WeakKeyDictionary[Request, Canvas] = WeakKeyDictionary()
+        self._turns = itertools.count(1)
+        self._prompt_scores: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
-    def canvas_width(self, options: RequestOptions) -> int:
-        """Most tokens that a schedule may emit for a request; a block is emitted whole."""
-        if options.mode == "diffusion":
-            return options.block_length
-        # On the device a schedule is one forward: of a draft no more than its rows.
-        one_draft = self._config.decoder == "device" and options.mode != "auto"
-        return options.draft_width if one_draft else self._config.block_length
+        # What the worker warms up with, and loads of KV reserve; allocations ask each request.
+        self.num_lookahead_tokens = self._config.block_length
+        compat.allocate_own_lookahead(
+            self.kv_cache_manager, lambda request: self._canvases[request].lookahead
+        )
+        compat.leave_ends_uncached(self.kv_cache_manager)
+        most = self.scheduler_config.max_num_batched_tokens
+        self._chunk = self._config.block_length if self._config.family.block_causal else 1
+        self._share = PrefillShare(min(self.max_num_scheduled_tokens, most), self._chunk)
+        self._admits = True
+        # By arrival, vLLM preempts the last one of `running`, which are sorted by kind here; by
+        # priority, it looks for the one that arrived last among those of the least priority.
+        self._ignores_priority = self.scheduler_config.policy == "fcfs"
+        self.policy = SchedulingPolicy.PRIORITY
+
+    def add_request(self, request: Request) -> None:
+        """Take a new request, with all that its options mean for scheduling."""
+        assert request.sampling_params is not None
+        options = parse_options(request.sampling_params.extra_args, self._config)
+        self._canvases[request] = Canvas(
+            tokens=canvas_tokens(options, self._config, self._row_limit),
+            lookahead=lookahead_tokens(options, self._config, self._page_size, self._row_limit),
+            kind=options.algorithm if options.algorithm in compat.KINDS else options.mode,
+        )
+        if self._ignores_priority:
+            request.priority = 0
+        super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Arm the canvases, then schedule.
 
-        Decoding requests come first, so that the token budget never splits a canvas: the config
-        hook made sure that one canvas for every sequence fits.
+        Those that are armed come first and fit, so that the token budget never splits one.
         """
-        spare = 0
-        for request in self.running:
-            if request.num_computed_tokens >= request.num_tokens:
-                assert request.sampling_params is not None
-                options = parse_options(request.sampling_params.extra_args, self._config)
-                width = self.canvas_width(options)
-                if len(request.spec_token_ids) != width:
-                    request.spec_token_ids = [-1] * width
-                spare = max(spare, draft_room(options.num_drafts, width, self._page_size))
-        # Pages for the next block, whose first denoise step may share a forward with this commit,
-        # and for drafts.
-        self.num_lookahead_tokens = self._config.block_length + spare
-        self.running.sort(key=lambda request: request.num_computed_tokens < request.num_tokens)
-        return super().schedule(throttle_prefills)
+        # Only a request that ends makes room for another one.
+        self._admits |= bool(self.finished_req_ids)
+        reserved = self._share.reserve(self._prompt_tokens_wanted())
+        held_back = self._arm(self._share.budget - reserved)
+        self.running.sort(key=_is_prefilling)
+        output = super().schedule(throttle_prefills)
+        if held_back and reserved:
+            canvases = output.scheduled_spec_decode_tokens
+            used = sum(n for key, n in output.num_scheduled_tokens.items() if key not in canvases)
+            self._share.settle(used)
+            self._admits &= used > 0
+        return output
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Send no masks of grammars, and wait for no tokens to make some: workers mask their rows.
+
+        What is emitted goes through vLLM's own matcher all the same, which ends a request whose
+        text it refuses.
+        """
+        super()._update_after_schedule(scheduler_output)
+        scheduler_output.has_structured_output_requests = False
+        scheduler_output.pending_structured_output_tokens = False
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """End a chunk of a prompt where a block ends, if blocks see all of themselves."""
+        end = num_computed_tokens + num_new_tokens
+        if end < request.num_tokens:
+            num_new_tokens -= end % self._chunk
+        return max(num_new_tokens, 0)
+
+    def _prompt_tokens_wanted(self) -> int:
+        """Tokens of prompts that the coming schedule could compute with an unlimited budget.
+
+        Of waiting requests the next one counts, unless it has proved not to be admitted.
+        """
+        prefilling = filter(_is_prefilling, self.running)
+        wanted = sum(request.num_tokens - request.num_computed_tokens for request in prefilling)
+        if self._admits and self.waiting and len(self.running) < self.max_num_running_reqs:
+            wanted += self.waiting.peek_request().num_tokens
+        return wanted
+
+    def _arm(self, budget: int) -> int:
+        """Give `budget` tokens to canvases, in turn.
+
+        Returns:
+            Canvases that are held back: without draft tokens they are left out of the schedule.
+        """
+        held_back = 0
+        decoding = [request for request in self.running if not _is_prefilling(request)]
+        for request in sorted(decoding, key=lambda request: self._canvases[request].turn):
+            canvas = self._canvases[request]
+            if request.num_in_flight_tokens and self._is_cut(request, canvas):
+                request.spec_token_ids = []
+                continue
+            fits = canvas.tokens <= budget
+            width = canvas.tokens if fits else 0
+            if len(request.spec_token_ids) != width:
+                request.spec_token_ids = [-1] * width
+            if fits:
+                budget -= width
+                canvas.turn = next(self._turns)
+            else:
+                held_back += 1
+        return held_back
+
+    def _is_cut(self, request: Request, canvas: Canvas) -> bool:
+        """Whether less than a canvas fits below the model's length, behind what is in flight.
+
+        Such a step is not computed; two of them in turn would leave room for a whole one never.
+        """
+        return request.num_computed_tokens + canvas.tokens > self.max_model_len
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        """Take the worker's counts out of the output, then update as usual.
+        """Update with what the worker computed, and what that took."""
+        counts = compat.counts_of(model_runner_output)
+        self._counts = {name: Counts(*row) for name, row in counts.items()}
+        self._hold_prompt_scores(model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        broken = [name for name, own in self._counts.items() if own.broken]
+        for name in broken:
+            pages = itertools.chain(*self.kv_cache_manager.get_block_ids(name))
+            self.kv_cache_manager.evict_blocks(set(pages))
+        self._end(broken, RequestStatus.FINISHED_ERROR, "broken logits or grammar", outputs)
+        stuck = [name for name, own in self._counts.items() if own.stuck and not own.broken]
+        why = "its grammar and its other constraints leave no token"
+        self._end(stuck, RequestStatus.FINISHED_ABORTED, why, outputs)
+        return outputs
 
-        They ride in `num_nans_in_logits`, the one per-request integer of the worker's output; see
-        `NBDiffSampler`.
+    def _end(self, names: list[str], status: RequestStatus, why: str, outputs: Any) -> None:
+        """End requests that are not finished yet, and tell their clients."""
+        for request in self.finish_requests(names, status) if names else ():
+            logger.error("Request %s ended: %s", request.request_id, why)
+            client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            client.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
+
+    def _hold_prompt_scores(self, output: ModelRunnerOutput) -> None:
+        """Let log-probabilities of prompts wait for the first tokens, with which vLLM sends them.
+
+        A prompt's end emits none here.
         """
-        self._counts = model_runner_output.num_nans_in_logits or {}
-        model_runner_output.num_nans_in_logits = None
-        return super().update_from_output(scheduler_output, model_runner_output)
+        arrived = output.prompt_logprobs_dict, output.prompt_token_id_logprobs_dict
+        for waiting, scores in zip(self._prompt_scores, arrived, strict=True):
+            waiting.update(scores)
+            scores.clear()
+            for name in tuple(waiting):
+                index = output.req_id_to_index.get(name)
+                if name not in self.requests:
+                    del waiting[name]
+                elif index is not None and output.sampled_token_ids[index]:
+                    scores[name] = waiting.pop(name)
 
     def make_spec_decoding_stats(
         self,
@@ -84,24 +255,26 @@ class NBDiffScheduler(Scheduler):
     ) -> SpecDecodingStats | None:
         """Count model forwards, canvas positions evaluated and committed tokens.
 
-        The worker may run several forwards in one scheduled step. Guessed seeds travel in lists
-        that mean nothing else for diffusion; see `compat._diffusion_counters`.
+        The worker may run several forwards in one scheduled step.
         """
         if not self.log_stats:
             return None
-        stats = spec_decoding_stats or SpecDecodingStats.new(2)
-        counts = unpack(self._counts[request_id])
+        counts, kind = self._counts[request_id], self._canvases[self.requests[request_id]].kind
+        more = (counts.guesses, counts.hits, counts.singles, counts.drafted, counts.accepted)
+        stats = compat.add_counts(spec_decoding_stats, more, kind, counts.rows)
         stats.num_drafts += counts.forwards
         stats.num_draft_tokens += counts.rows
         stats.num_accepted_tokens += num_accepted_tokens
-        stats.num_draft_tokens_per_pos[0] += counts.guesses
-        stats.num_accepted_tokens_per_pos[0] += counts.hits
-        stats.num_accepted_tokens_per_pos[1] += counts.singles
         return stats
 
 
 class NBDiffAsyncScheduler(NBDiffScheduler, AsyncScheduler):
     """The same with the next step scheduled while one is in flight."""
+
+
+def _is_prefilling(request: Request) -> bool:
+    """Whether tokens of the request, its prompt's or those from before preemption, lack KV."""
+    return request.num_computed_tokens < request.num_tokens
 
 
 def make_scheduler(*args: Any, **kwargs: Any) -> NBDiffScheduler:

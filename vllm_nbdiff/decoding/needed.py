@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of a forward need logits, and what they predict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_nbdiff.decoding.canvas import Options
+from vllm_nbdiff.decoding.segments import Segments
+
+if TYPE_CHECKING:
+    from vllm_nbdiff.decoding.plan import Batch, Facts, Plan
+
+
+class Rows(NamedTuple):
+    """Rows of logits that a forward may need, [B, K] each.
+
+    In this order: NEXT, what follows the columns of a text (the prompt's last row stands at the
+    first of them); FILL, the columns of each canvas; GUESS, the next canvas's seed.
+    """
+
+    needed: Tensor  # bool
+    offset: Tensor  # int64, row of the request's rows in the forward
+
+
+def needed_rows(
+    options: Options,
+    batch: Batch,
+    facts: Facts,
+    segments: Segments,
+    text: Tensor,
+    width: Tensor,
+    low: Tensor,
+    high: Tensor,
+    canvas: Tensor,
+    active: Tensor,
+    exists: Tensor,
+) -> tuple[int, Rows]:
+    """How many of the rows are NEXT, and the rows."""
+    num_reqs, num_canvases, length = canvas.shape
+    columns = torch.arange(length, device=canvas.device)
+    # Verification asks what follows each column, a commit and the end of a prompt the last one.
+    if facts.verifies:
+        column = columns.expand(num_reqs, length)
+        asked = options.verifies[:, None] | (column == text[:, None] - 1)
+        needed = (column < text[:, None]) & asked
+    else:
+        column = (text - 1)[:, None]
+        needed = column >= 0
+    if facts.family.seed == "never":
+        needed = torch.zeros_like(needed)
+    elif facts.prefills:
+        ends = batch.prompt_ends[:, None] & (columns[: column.shape[1]] == 0)
+        if facts.family.block_causal:
+            # A prompt that ends inside a block has no seed after it.
+            ends &= ((batch.computed + batch.scheduled) % length == 0)[:, None]
+        needed = needed | ends
+        column = torch.where(ends, batch.scheduled[:, None] - 1, column)
+
+    begins = segments.length.cumsum(1) - segments.length
+    begins = begins[:, -num_canvases:] - low[:, None]
+    # With a shift the row of column j - 1 predicts column j.
+    offset = begins[:, :, None] + (columns - int(facts.family.shifts)).clamp(min=0)
+    offsets, needs = [column, offset.flatten(1)], [needed, active.flatten(1)]
+    if facts.guesses:
+        # A seed is guessed where this step may fill the last masked position.
+        masked = (canvas[:, 0] == facts.mask_token_id) & (columns < width[:, None])
+        guesses = exists[:, 0] & options.fuses & (active[:, 0] == masked).all(1)
+        guesses &= high == width  # the last column is among the rows
+        needs.append(guesses[:, None])
+        offsets.append((begins[:, 0] + width - 1)[:, None])
+    return column.shape[1], Rows(torch.cat(needs, 1), torch.cat(offsets, 1))
+
+
+class Predicted(NamedTuple):
+    """What n rows of logits predict."""
+
+    position: Tensor  # [n] int64, absolute
+    step: Tensor  # [n] int64, denoise step of the draw; 0 for NEXT and GUESS
+    canvas: Tensor  # [n] int64, which canvas a FILL row is of; -1: NEXT or GUESS
+
+
+def predicted(plan: Plan, batch: Batch, owner: Tensor, place: Tensor) -> Predicted:
+    """Of the rows at `place` [n] int64 among the K of the requests `owner` [n] int64."""
+    num_canvases, length = plan.canvas.shape[1:]
+    column = place - plan.num_next
+    canvas = torch.where((column >= 0) & (column < num_canvases * length), column // length, -1)
+    is_fill, is_next = canvas >= 0, column < 0
+    whole = batch.computed[owner] + batch.scheduled[owner]
+    after = plan.text[owner] if plan.num_next == 1 else place + 1
+    follows = torch.where(batch.decodes[owner], plan.state.start[owner] + after, whole)
+    inside = torch.where(is_fill, column % length, plan.width[owner])
+    position = torch.where(is_next, follows, plan.start[owner] + inside)
+    # A draft that shares its random number with the verification is confirmed more often.
+    step = torch.where(is_fill & ~plan.options.verifies[owner], plan.step[owner], 0)
+    return Predicted(position, step, canvas)

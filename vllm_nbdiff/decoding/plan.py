@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one forward of a batch does: its segments, and whose rows of logits are needed.
+
+A request takes part with text (prompt tokens, a full canvas that is committed, drafted tokens that
+are verified), with canvases (one to denoise, and versions of it), or both: the commit of a block
+and the first denoise step of the next one, whose seed is guessed or does not exist.
+
+Pure functions on tensors that read nothing back. B requests, S segments and C canvases of L columns
+each, K rows that may be needed; what of them is used is a value, not a shape.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_nbdiff.decoding import versions
+from vllm_nbdiff.decoding.canvas import NO_TOKEN, Canvas, CanvasTable, Options, width_at
+from vllm_nbdiff.decoding.needed import Rows, needed_rows
+from vllm_nbdiff.decoding.rules import active_positions, even_quota, fill_quota
+from vllm_nbdiff.decoding.segments import Segments, lay_out
+from vllm_nbdiff.families.family import NBDIFF, Family
+
+
+class Facts(NamedTuple):
+    """What the host knows of a batch; it saves work and decides shapes, never results."""
+
+    mask_token_id: int
+    max_model_len: int
+    page_size: int
+    rules: tuple[int, ...]  # places of the requests' rules in `rules.RULES`
+    static: bool = False  # no shape may depend on values: what CUDA graphs ask for
+    prefills: bool = True  # some requests have prompt tokens scheduled
+    verifies: bool = True
+    fuses: bool = True
+    caches: bool = True
+    limits: bool = True  # some have a `max_steps` below NO_LIMIT
+    versions: int = 0  # most versions of a request's canvas
+    rows: int = 0  # most rows of logits that one request needs
+    family: Family = NBDIFF
+    blocks: int = 1  # most segments of a request's text: blocks of a prompt, where they see all
+    splits: bool = False  # some rule splits a block evenly over its steps
+    edits: bool = False  # some rule fills positions again
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether every request has one segment at most."""
+        return not (self.fuses or self.versions or self.blocks > 1)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether a fused commit has a seed to guess."""
+        return self.fuses and self.family.seed != "never"
+
+
+class Batch(NamedTuple):
+    """The scheduled requests."""
+
+    slot: Tensor  # [B] int64
+    decodes: Tensor  # [B] bool, a canvas is scheduled
+    scheduled: Tensor  # [B] int64, tokens: of the prompt, or that a decode may emit
+    computed: Tensor  # [B] int64, prompt tokens computed before
+    prompt_ends: Tensor  # [B] bool, the scheduled tokens hold the prompt's last one
+    room: Tensor  # [B] int64, positions below it have pages
+    max_rows: Tensor  # [B] int64, rows of canvases and text that a forward may have
+    tail: Tensor | None = None
+    """[B, L] int64: where the context is block-causal, what a prompt that ends here has from the
+    last multiple of L on; anything behind its end."""
+
+
+class Plan(NamedTuple):
+    """One forward. "Looked at" is the canvas that is denoised, if any, and its versions."""
+
+    state: Canvas  # as it was
+    options: Options
+    segments: Segments
+    rows: Rows
+    num_next: int  # of the K rows; the rest is C * L of FILL, then those of GUESS
+    text: Tensor  # [B] int64, canvas columns that are committed or verified; 0: none
+    reads: Tensor  # [B] bool, there are some, or the last token of a prompt: a canvas begins
+    look: Tensor  # [B] bool, a canvas is denoised
+    ahead: Tensor  # [B] bool, it is the next one, behind `text`
+    start: Tensor  # [B] int64, position of column 0 of the canvas looked at
+    width: Tensor  # [B] int64, its columns
+    step: Tensor  # [B] int64, denoise steps done on it
+    canvas: Tensor  # [B, C, L] int64, the canvas looked at, then its versions
+    active: Tensor  # [B, C, L] bool, columns that may be filled
+    exists: Tensor  # [B, C] bool, whether it is looked at
+    quota: Tensor | None  # [B] int64, least number of columns to fill; None: 1
+
+
+def make_plan(
+    table: CanvasTable, state: Canvas, options: Options, batch: Batch, facts: Facts
+) -> Plan:
+    """What the coming forward of `batch` has to do."""
+    columns, mask = table.columns, facts.mask_token_id
+    within, asks = columns < state.width[:, None], state.width
+    if facts.family.block_causal:
+        fixed = fixed_columns(options, state.start)
+        within &= columns >= fixed[:, None]
+        if not facts.static:
+            asks = asks - fixed  # what is scheduled is what may be emitted, else rows
+    # With a step in flight the scheduler may cut a canvas near the model's length: not computed.
+    decodes = batch.decodes & (asks <= batch.scheduled)
+    masked = (state.tokens == mask) & within & decodes[:, None]
+    count = masked.cumsum(1)
+    full = count[:, -1] == 0
+    final = full & ((state.edits_left == 0) | ~options.edits) if facts.edits else full
+    text = torch.where(final & decodes, state.width, 0)
+    if facts.verifies:
+        drafted = options.verifies & (state.step >= options.max_steps) & ~full
+        text = torch.where(drafted, (count == 0).sum(1), text)
+
+    start, width, step, canvas = state.start, state.width, state.step, state.tokens
+    ahead = torch.zeros_like(full)
+    if facts.fuses:
+        ahead = _runs_ahead(state, options, batch, text, facts)
+        start = torch.where(ahead, start + text, start)
+        width = torch.where(ahead, width_at(options, start, facts.max_model_len), width)
+        step = torch.where(ahead, 0, step)
+        canvas = torch.where(ahead[:, None], mask, canvas)
+        if facts.guesses:
+            canvas[:, 0] = torch.where(ahead, state.guess, canvas[:, 0])
+        masked = (canvas == mask) & (columns < width[:, None]) & decodes[:, None]
+    if facts.verifies:
+        masked &= ((text == 0) | ahead)[:, None]
+    num_masked = masked.sum(1)
+    quota = _quotas(options, step, num_masked, facts)
+    active = active_positions(masked, options.sub_block_length, quota)
+    look = num_masked > 0
+    if facts.edits:
+        known = within & ~masked & (options.edits & decodes & (text == 0))[:, None]
+        active, look = active | known, look | known.any(1)
+    ahead &= look
+    low, high = torch.zeros_like(width), width
+    if facts.caches:
+        low, high = _looked_columns(state, options, facts, active, width, look & ~ahead)
+
+    shown, active, exists = versions.add(table, state, options, batch, facts, canvas, active, look)
+    segments = lay_out(state, batch, facts, text, start, width, low, high, shown, exists)
+    num_next, rows = needed_rows(
+        options, batch, facts, segments, text, width, low, high, shown, active, exists
+    )
+    reads = text > 0
+    if facts.prefills:
+        reads |= batch.prompt_ends
+    return Plan(
+        state, options, segments, rows, num_next, text, reads, look, ahead, start, width, step,
+        shown, active, exists, quota,
+    )  # fmt: skip
+
+
+def fixed_columns(options: Options, start: Tensor) -> Tensor:
+    """[B] int64: columns of canvases at `start` [B] that hold the tail of a prompt."""
+    return (options.prompt_length - start).clamp(min=0)
+
+
+def _quotas(options: Options, step: Tensor, num_masked: Tensor, facts: Facts) -> Tensor | None:
+    """[B] int64: least number of columns that a step fills; None: 1."""
+    if not facts.limits:
+        return None
+    quota = fill_quota(num_masked, (options.max_steps - step).clamp(min=1))
+    if facts.splits:
+        even = even_quota(options.block_length, options.max_steps, step)
+        quota = torch.where(options.splits, even, quota)
+    return quota
+
+
+def _runs_ahead(
+    state: Canvas, options: Options, batch: Batch, text: Tensor, facts: Facts
+) -> Tensor:
+    """[B] bool, requests whose next canvas is denoised in the forward that commits this one."""
+    start = state.start + text
+    width = width_at(options, start, facts.max_model_len)
+    ahead = (
+        (text > 0)
+        & (width > 1)
+        & (start <= options.last_position)
+        & (start + width <= batch.room)
+        & (text + width <= batch.max_rows)
+    )
+    return ahead & (state.guess != NO_TOKEN) if facts.guesses else ahead & options.fuses
+
+
+def _looked_columns(
+    state: Canvas, options: Options, facts: Facts, active: Tensor, width: Tensor, current: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Range of canvas columns [low, high) that a denoise step computes, [B] each.
+
+    With the block cache, only the active sub-block, once the KV of the whole canvas was written
+    since that sub-block began (Fast-dLLM v2), and, so that each of its columns is predicted, the
+    column before it; or it waits until its first column is filled.
+    """
+    size = options.sub_block_length
+    begin = sub_block_begin(active, size)
+    end = begin + size
+    columns = torch.arange(active.shape[1], device=active.device)
+    beyond = (active & (columns >= end[:, None])).any(1)
+    reuse = current & options.caches & ~beyond & (state.cached == begin)
+    if facts.family.cached_row_before:
+        low = torch.where(reuse, (begin - 1).clamp(min=0), 0)
+    else:
+        if facts.family.shifts:
+            reuse &= ~active.gather(1, begin.clamp(max=active.shape[1] - 1)[:, None])[:, 0]
+        low = torch.where(reuse, begin, 0)
+    return low, torch.where(reuse, torch.minimum(end, width), width)
+
+
+def sub_block_begin(active: Tensor, size: Tensor) -> Tensor:
+    """[B] int64: first column of the sub-block that holds the first active one of [B, L]."""
+    return (active.cumsum(1) == 0).sum(1) // size * size

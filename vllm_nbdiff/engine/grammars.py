@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grammars of structured output: what may follow the text, and what of a canvas may stay.
+
+A request's matcher is where its final text ends. In every forward it walks on along the canvas, as
+far as its columns are filled: rows that follow a text, and the first masked column, are drawn under
+the exact mask. What a step fills further right is provisional: it is walked once everything before
+it is filled, and what is refused is masked again or, in the last step that a canvas has, drawn
+again under its mask.
+
+Matchers live on the host, so a batch that holds a grammar reads its canvases back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vllm_nbdiff.compat import GrammarCompiler
+from vllm_nbdiff.decoding.decide import Proposal
+from vllm_nbdiff.decoding.plan import Plan
+from vllm_nbdiff.decoding.rows import Packed
+from vllm_nbdiff.engine.counts import Tally
+from vllm_nbdiff.engine.matcher import Matcher, NothingFits
+from vllm_nbdiff.engine.schedule import Schedule
+from vllm_nbdiff.names import LOGGER
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+logger = init_logger(LOGGER)
+
+DrawAgain = Callable[[int, Tensor], int | None]
+"""The best token of a row of the last draw under a bitmask [1, W]; None: there is none."""
+
+
+class Opened(NamedTuple):
+    """A canvas whose first masked column is drawn under its mask."""
+
+    slot: int
+    matcher: Matcher  # before that column
+    column: int
+    rows: dict[int, int]  # of logits, by column
+
+
+class GrammarTable:
+    """Grammars of all requests, by slot."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, num_slots: int, text: Tensor, mask_token_id: int
+    ) -> None:
+        """
+        Args:
+            num_slots: largest number of requests.
+            text: [slots, T] int32 on the model's device, tokens of every request.
+            mask_token_id: of the model.
+        """
+        self._compiler = GrammarCompiler(vllm_config)
+        self._text = text
+        self._mask = mask_token_id
+        self._used = np.zeros(num_slots + 1, np.bool_)
+        self._matchers: dict[int, Matcher] = {}
+        self._failed: dict[int, bool] = {}
+        """Slots that cannot go on: whether the matcher failed, or nothing fits."""
+        self._opened: dict[int, Opened] = {}
+
+    def add_request(self, slot: int, params: SamplingParams, prompt_length: int) -> None:
+        """Set the grammar of a request, if it has one."""
+        self.remove_request(slot)
+        if params.structured_outputs is None:
+            return
+        self._used[slot] = True
+        with self._guarded(slot):
+            grammar, bits = self._compiler.compile(params)
+            stops = set(params.all_stop_token_ids)
+            self._matchers[slot] = Matcher(grammar, bits, prompt_length, stops)
+
+    def remove_request(self, slot: int) -> None:
+        """Forget a finished or preempted request."""
+        self._used[slot] = False
+        self._failed.pop(slot, None)
+        self._matchers.pop(slot, None)
+
+    def end_requests(self, schedule: Schedule, tally: Tally) -> None:
+        """Count the requests that cannot go on among those that end."""
+        if self._failed:
+            found = [self._failed.get(slot) for slot in schedule.slots.tolist()]
+            for reason, add in ((True, tally.add_broken), (False, tally.add_stuck)):
+                flags = np.array([own is reason for own in found], np.int64)
+                add(async_tensor_h2d(flags, device=self._text.device))
+
+    def mask(
+        self, logits: Tensor, plan: Plan, packed: Packed, owner: np.ndarray, schedule: Schedule
+    ) -> None:
+        """Ban what grammars refuse, in rows [n, V] float32 of constrained requests, in place.
+
+        Args:
+            packed: these rows.
+            owner: [n] int64, batch index of each row on the host, ascending.
+        """
+        if not self._used[schedule.slots].any():
+            return
+        rows = self._rows(plan, packed, owner, schedule)
+        if not rows:
+            return
+        chosen: list[int] = []
+        bits = torch.full((len(logits), -(-logits.shape[1] // 32)), -1, dtype=torch.int32)
+        for (request, own), seen in zip(
+            rows.items(), self._read(plan, schedule, list(rows)), strict=True
+        ):
+            slot = int(schedule.slots[request])
+            with self._guarded(slot):
+                for row, allowed in self._masks(slot, request, seen, own, plan.num_next):
+                    chosen.append(row)
+                    bits[row] = allowed[0, : bits.shape[1]]
+        if chosen:
+            apply_bits(logits, bits, chosen)
+            if opened := [one.rows[one.column] for one in self._opened.values()]:
+                # The column has to be filled.
+                logits[async_tensor_h2d(opened, device=logits.device), self._mask] = -torch.inf
+
+    def _rows(
+        self, plan: Plan, packed: Packed, owner: np.ndarray, schedule: Schedule
+    ) -> dict[int, dict[int, int]]:
+        """By request with a grammar that can go on, its rows by their place."""
+        wanted = self._used[schedule.slots] & ~np.isin(schedule.slots, list(self._failed))
+        padding = plan.rows.needed.shape[1]
+        rows: dict[int, dict[int, int]] = {}
+        for row, (request, place) in enumerate(
+            zip(owner.tolist(), packed.place.tolist(), strict=True)
+        ):
+            if wanted[request] and place < padding:
+                rows.setdefault(request, {})[place] = row
+        return rows
+
+    def walk(
+        self,
+        plan: Plan,
+        proposal: Proposal,
+        accepted: Tensor,
+        draw_again: DrawAgain,
+    ) -> tuple[Proposal, Tensor]:
+        """What of a proposal stays, of canvases [B, L] and of the `accepted` [B, L] bool columns.
+
+        The first masked column is always taken.
+        """
+        opened, self._opened = self._opened, {}
+        if not opened:
+            return proposal, accepted
+        index = async_tensor_h2d(list(opened), dtype=torch.int64, device=accepted.device)
+        is_last = (plan.step + 1 >= plan.options.max_steps)[:, None].expand_as(accepted)
+        fields = (proposal.canvas, proposal.token, accepted, is_last, proposal.probability > 0)
+        own = torch.stack([field[index].long() for field in fields], dim=1).cpu()
+        for one, row in zip(opened.values(), own, strict=True):
+            with self._guarded(one.slot):
+                self._walk(one, row, draw_again)
+        canvas, token, taken, *_ = own.unbind(1)
+
+        def with_own(field: Tensor, rows: Tensor) -> Tensor:
+            rows = rows.to(field.dtype).to(field.device, non_blocking=True)
+            return field.index_copy(0, index, rows)
+
+        proposal = proposal._replace(
+            canvas=with_own(proposal.canvas, canvas), token=with_own(proposal.token, token)
+        )
+        return proposal, with_own(accepted, taken)
+
+    def _walk(self, one: Opened, own: Tensor, draw_again: DrawAgain) -> None:
+        """Change what is proposed for one request: its canvas, tokens, and what is taken, of `own`
+        [5, L], which also says whether the step is its canvas's last, and what has a chance."""
+        canvas, token, taken, is_last, is_likely = own
+        taken[one.column] = 1
+        for column in range(one.column, len(canvas)):
+            fresh = bool(taken[column])
+            if not fresh and canvas[column] == self._mask:
+                return
+            fits = one.matcher.accepts(int((token if fresh else canvas)[column]))
+            if column == one.column and not (fits and is_likely[column]):
+                raise NothingFits
+            if fits:
+                continue
+            other = None
+            if fresh and is_last[column]:
+                other = draw_again(one.rows[column], one.matcher.allowed())
+            if other is None or not one.matcher.accepts(other):
+                taken[column], canvas[column] = 0, self._mask
+                return
+            token[column] = other
+
+    def _read(self, plan: Plan, schedule: Schedule, requests: list[int]) -> list[list[int]]:
+        """Of each of the `requests`: where its final text ends, columns of a text that is read,
+        columns and tokens of its canvas."""
+        batch = schedule.batch
+        end = torch.where(batch.decodes, plan.state.start, batch.computed + batch.scheduled)
+        width = torch.where(batch.decodes, plan.width, 0)
+        numbers = torch.stack([end, plan.text, width], dim=1)
+        index = async_tensor_h2d(requests, dtype=torch.int64, device=end.device)
+        return torch.cat([numbers, plan.state.tokens], dim=1)[index].tolist()
+
+    def _masks(
+        self, slot: int, request: int, seen: list[int], rows: dict[int, int], num_next: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Rows of logits of a request, and the bits of what each may give."""
+        matcher = self._matchers[slot]
+        end, text, width, *tokens = seen
+        behind = self._text[slot, matcher.position : end].tolist() if end > matcher.position else []
+        matcher.follow(behind)
+        if not width:  # a prompt ends
+            if not matcher.has_ended:
+                yield rows[0], matcher.allowed()
+            return
+        first = max(matcher.prompt_length - end, 0)  # the tail of a prompt may lie in the canvas
+        for column in range(first, text or width):
+            if not text and tokens[column] == self._mask:
+                own = {place - num_next: row for place, row in rows.items()}
+                if not matcher.has_ended:
+                    row = own[column]
+                    self._opened[request] = Opened(slot, matcher, column, own)
+                    yield row, matcher.allowed()
+                return
+            if not matcher.accepts(tokens[column]):
+                if column == first or not text:
+                    raise NothingFits
+                return  # verification will not keep this draft
+            place = column if num_next > 1 else column + 1 - text
+            if text and place in rows and not matcher.has_ended:
+                yield rows[place], matcher.allowed()
+
+    @contextlib.contextmanager
+    def _guarded(self, slot: int) -> Iterator[None]:
+        """End the request in `slot`, and no other one, with whatever goes wrong."""
+        try:
+            yield
+        except NothingFits:
+            self._failed[slot] = False
+        except Exception:
+            logger.exception("A grammar failed")
+            self._failed[slot] = True
+
+
+def apply_bits(logits: Tensor, bits: Tensor, rows: list[int]) -> None:
+    """Ban, in `rows` of logits [n, V], tokens whose bit in `bits` [n, W] int32 is 0, in place."""
+    import xgrammar
+
+    bits = bits.to(logits.device, non_blocking=True)
+    xgrammar.apply_token_bitmask_inplace(logits, bits, indices=rows)

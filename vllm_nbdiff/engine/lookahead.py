@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens and pages a schedule gives one request.
+
+The scheduler hands them out and the worker relies on them, so both ask here. They depend on the
+request's own options alone: what one request asks for, no other one is given.
+"""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.request import RequestOptions
+
+
+def row_limit(vllm_config: VllmConfig, config: BlockDiffusionConfig) -> int:
+    """Most rows that one request may have in a forward."""
+    scheduler = vllm_config.scheduler_config
+    limits = [scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens]
+    if config.static_shapes:
+        # There rows are scheduled tokens.
+        limits.append(scheduler.long_prefill_token_threshold)
+    return min(limit for limit in limits if limit)
+
+
+def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: int) -> int:
+    """Tokens that a schedule gives to the canvas of a request.
+
+    With static shapes a schedule is one forward, and these are its rows. Otherwise they are the
+    tokens that its forwards may emit.
+
+    Args:
+        options: of the request.
+        config: of the served model.
+        limit: most rows of one request, from `row_limit`.
+    """
+    if config.static_shapes:
+        parts = 1 + num_drafts(options, config, limit) + fits_next_block(options, config, limit)
+        return _canvas_width(options, config) * parts
+    return options.block_length if options.mode == "diffusion" else config.block_length
+
+
+def lookahead_tokens(
+    options: RequestOptions, config: BlockDiffusionConfig, page_size: int, limit: int
+) -> int:
+    """Tokens behind those of `canvas_tokens` that need pages as well.
+
+    They are for the next block, where it is begun in the forward that commits this one, and for
+    drafts.
+
+    Args:
+        options: of the request.
+        config: of the served model.
+        page_size: tokens of a page.
+        limit: most rows of one request, from `row_limit`.
+    """
+    width = _canvas_width(options, config)
+    tokens = draft_room(num_drafts(options, config, limit), width, page_size)
+    tokens += width * fits_next_block(options, config, limit)
+    if config.static_shapes:
+        tokens -= canvas_tokens(options, config, limit) - width
+    return tokens
+
+
+def num_drafts(options: RequestOptions, config: BlockDiffusionConfig, limit: int) -> int:
+    """Canvases beside its own that a forward may compute for a request."""
+    return min(options.num_drafts, limit // _canvas_width(options, config) - 1)
+
+
+def fits_next_block(options: RequestOptions, config: BlockDiffusionConfig, limit: int) -> bool:
+    """Whether a forward may commit a block of the request and begin the next one."""
+    width = _canvas_width(options, config)
+    return options.fused_commit and 1 < width <= limit // 2
+
+
+def draft_room(num_drafts: int, width: int, page_size: int) -> int:
+    """Tokens whose pages hold so many drafts of a canvas of `width` tokens, wherever it starts."""
+    return num_drafts * ((width + 2 * page_size - 2) // page_size) * page_size
+
+
+def _canvas_width(options: RequestOptions, config: BlockDiffusionConfig) -> int:
+    """Tokens of the widest canvas of a request."""
+    if options.mode == "auto":
+        return config.block_length
+    return options.block_length if options.mode == "diffusion" else options.draft_width

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A grammar of vLLM behind the text of one request: what may follow, and back to the text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+
+class NothingFits(Exception):
+    """The grammar and the other constraints of a request leave no token."""
+
+
+class Matcher:
+    """A grammar behind the text of one request."""
+
+    def __init__(
+        self, grammar: StructuredOutputGrammar, bits: Tensor, prompt_length: int, stops: set[int]
+    ) -> None:
+        """
+        Args:
+            grammar: of vLLM, at its beginning.
+            bits: [1, ceil(V / 32)] int32, which it can fill.
+            prompt_length: tokens before the text.
+            stops: tokens that may end the text.
+        """
+        self._grammar = grammar
+        self._bits = bits
+        self._stops = stops
+        self._ahead = 0
+        self.prompt_length = prompt_length
+        self.position = prompt_length
+        """Of the first token that is not final, as far as the matcher knows."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the text has: whatever follows is not constrained."""
+        return self._grammar.is_terminated()
+
+    def allowed(self) -> Tensor:
+        """[1, ceil(V / 32)] int32: a bit for each token that may come next; valid until the next
+        call."""
+        self._grammar.fill_bitmask(self._bits, 0)
+        return self._bits
+
+    def accepts(self, token: int) -> bool:
+        """Move past `token` if it may come next."""
+        if self.has_ended:
+            return True
+        legal = bool(self._grammar.validate_tokens([token]))
+        if not legal and token in self._stops:
+            # llguidance validates nothing where only the end may follow.
+            legal = bool(self.allowed()[0, token // 32] >> (token % 32) & 1)
+        if legal:
+            self._grammar.accept_tokens("", [token])
+            self._ahead += 1
+        return legal
+
+    def follow(self, tokens: list[int]) -> None:
+        """Go back to the final text, which has grown by `tokens`."""
+        if self._ahead:
+            self._grammar.rollback(self._ahead)
+        if not all(self.accepts(token) for token in tokens):
+            raise NothingFits
+        self._ahead = 0
+        self.position += len(tokens)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of all requests, by slot: parsed once, for the host and for the model's device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.decoding.canvas import NO_LIMIT, Options
+from vllm_nbdiff.decoding.rules import RULES
+from vllm_nbdiff.engine.lookahead import fits_next_block, num_drafts
+from vllm_nbdiff.request import RequestOptions, parse_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPES: tuple[Any, ...] = (np.int64, np.float32, np.bool_)
+_FIRST_REAL, _FIRST_FLAG = (Options._fields.index(name) for name in ("threshold", "verifies"))
+_WHOLE, _REAL = Options._fields[:_FIRST_REAL], Options._fields[_FIRST_REAL:_FIRST_FLAG]
+_FLAGS = Options._fields[_FIRST_FLAG:]
+
+
+class OptionTable:
+    """A row for every slot, and a spare one for padding."""
+
+    def __init__(
+        self,
+        config: BlockDiffusionConfig,
+        num_slots: int,
+        max_model_len: int,
+        row_limit: int,
+        seed: int | None,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            config: of the served model.
+            num_slots: largest number of requests.
+            max_model_len: tokens a request may have.
+            row_limit: rows that one request may have in a forward.
+            seed: of the engine; gives unseeded requests their seeds.
+            device: of the model.
+        """
+        self.config = config
+        self.max_model_len = max_model_len
+        self.row_limit = row_limit
+        groups = (_WHOLE, _REAL, _FLAGS)
+        self._host = [
+            np.zeros((num_slots + 1, len(names)), dtype)
+            for names, dtype in zip(groups, _DTYPES, strict=True)
+        ]
+        columns = [table[:, i] for table in self._host for i in range(table.shape[1])]
+        self.host: dict[str, np.ndarray] = dict(zip(Options._fields, columns, strict=True))
+        """Columns by name, on the host."""
+        self.is_auto = np.zeros(num_slots + 1, np.bool_)
+        self._fill_padding(num_slots)
+        # On a CPU both are the same memory.
+        self._device = [torch.from_numpy(table).to(device) for table in self._host]
+        self._shared = device.type == "cpu"
+        self._changed: set[int] = set()
+        self.num_changes = 0
+        """How often options were set: what was read before that many is as it was."""
+        self._rng = np.random.default_rng(seed)
+
+    def _fill_padding(self, num_slots: int) -> None:
+        for name in ("block_length", "sub_block_length", "max_steps", "top_p"):
+            self.host[name][num_slots] = 1
+
+    def add_request(
+        self, slot: int, params: SamplingParams, prompt_len: int, constrained: bool
+    ) -> RequestOptions:
+        """Set the options of a request, new or resumed, from parameters that were validated.
+
+        A seed cannot be guessed for a request that is `constrained`: it depends on text that is
+        not final yet.
+        """
+        options = parse_options(params.extra_args, self.config)
+        assert options.small_blocks is not None and options.threshold is not None
+        assert params.max_tokens is not None
+        lossless = options.mode != "diffusion"
+        drawn = int(self._rng.integers(-(1 << 63), (1 << 63) - 1))
+        length = options.draft_width if lossless else options.block_length
+        rule = RULES[options.algorithm]
+        # Without a number of steps an even share is one position.
+        steps = options.max_steps or (length if rule.splits else NO_LIMIT)
+        row = {
+            "block_length": length,
+            "sub_block_length": length if lossless else length // options.small_blocks,
+            "max_steps": options.verify_steps if lossless else steps,
+            "max_versions": num_drafts(options, self.config, self.row_limit),
+            "last_position": min(prompt_len + params.max_tokens, self.max_model_len) - 1,
+            "first_stop": prompt_len + max(params.min_tokens, 1) - 1,
+            "prompt_length": prompt_len,
+            "rule": list(RULES).index(options.algorithm),
+            "score": rule.score,
+            "top_k": params.top_k if params.top_k > 0 else self.config.vocab_size,
+            "rng_seed": drawn if params.seed is None else params.seed,
+            "max_post_steps": options.max_post_steps if rule.edits else 0,
+            "threshold": self._strict(options.threshold),
+            "editing_threshold": options.editing_threshold,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+            "verifies": lossless,
+            "fuses": not constrained and fits_next_block(options, self.config, self.row_limit),
+            "constrained": constrained,
+            "caches": options.block_cache,
+            "splits": rule.splits,
+            "edits": rule.edits,
+        }
+        for name, value in row.items():
+            self.host[name][slot] = value
+        self.is_auto[slot] = options.mode == "auto"
+        self._changed.add(slot)
+        self.num_changes += 1
+        return options
+
+    def _strict(self, threshold: float) -> np.float32:
+        """The number that a probability has to exceed, where the family's rules let it be equal:
+        the float32 next to it. With 1 still nothing exceeds it."""
+        exact = np.float32(threshold)
+        inclusive = self.config.family.inclusive and threshold < 1
+        return np.nextafter(exact, np.float32(-1)) if inclusive else exact
+
+    def set_draft_length(self, slots: np.ndarray, length: int) -> None:
+        """Draft `length` tokens, the seed included, on canvases that begin from now on."""
+        self.host["block_length"][slots] = length
+        self.host["sub_block_length"][slots] = length
+        self._changed.update(slots.tolist())
+        self.num_changes += 1
+
+    def read(self, slot: Tensor) -> Options:
+        """Options of the requests in `slot` [B], as `upload` left them."""
+        return Options(*(column for table in self._device for column in table[slot].unbind(1)))
+
+    def upload(self) -> None:
+        """Bring what changed to the device, in a copy for each type of number."""
+        if self._changed and not self._shared:
+            slots = np.array(sorted(self._changed))
+            index = async_tensor_h2d(slots, device=self._device[0].device)
+            for here, there in zip(self._host, self._device, strict=True):
+                there[index] = async_tensor_h2d(here[slots], device=there.device)
+        self._changed.clear()
