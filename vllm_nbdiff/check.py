@@ -129,12 +129,10 @@ def check_transformers() -> str:
 
 def check_vllm() -> str:
     vllm = import_or_fault("vllm", "make setup, or pip install 'vllm-nbdiff[cpu]' (or [cuda])")
-    from vllm_nbdiff.compat import check_vllm_version
+    from vllm_nbdiff.versions import unsupported_vllm
 
-    try:
-        check_vllm_version()
-    except RuntimeError as error:
-        raise Fault(str(error), "pip install 'vllm-nbdiff[cpu]' (or [cuda])") from None
+    if (problem := unsupported_vllm()) is not None:
+        raise Fault(problem, "pip install 'vllm-nbdiff[cpu]' (or [cuda])")
     return str(vllm.__version__)
 
 
@@ -174,7 +172,7 @@ def check_entry_point() -> str:
 def check_architecture() -> str:
     from vllm import ModelRegistry
 
-    from vllm_nbdiff.config import ARCHITECTURE
+    from vllm_nbdiff.names import ARCHITECTURE
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         raise Fault(f"{ARCHITECTURE} is not in vLLM's registry", "reinstall vllm-nbdiff")

@@ -7,24 +7,28 @@ frontend at admission and by the workers.
 
 from __future__ import annotations
 
+import difflib
+import reprlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_nbdiff.decoding.rules import RULES
+from vllm_nbdiff.families.family import NBDIFF, Family
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vllm.sampling_params import SamplingParams
-
     from vllm_nbdiff.config import BlockDiffusionConfig
 
 MODES = ("diffusion", "verify", "ar", "auto")
-DEFAULT_SUB_BLOCK_LENGTH = 8
 DEFAULT_DRAFT_LENGTH = 16
 DEFAULT_DRAFT_STEPS = 1
 DEFAULT_FREEDAVE_STEPS = 4
+DEFAULT_MAX_DRAFTS = 8
+DEFAULT_EDITING_THRESHOLD = 0.5
+DEFAULT_MAX_POST_STEPS = 16
 FREEDAVE = "freedave"
+# Far beyond what has an effect, and what every array of the engine holds.
+MAX_STEPS = 1 << 16
+MAX_THRESHOLD = 1e6
 
 # extra_args key -> RequestOptions field
 OPTION_KEYS = {
@@ -37,12 +41,18 @@ OPTION_KEYS = {
     "nbdiff_draft_steps": "draft_steps",
     "nbdiff_fused_commit": "fused_commit",
     "nbdiff_block_cache": "block_cache",
+    "nbdiff_editing_threshold": "editing_threshold",
+    "nbdiff_max_post_steps": "max_post_steps",
     "diffusion_max_steps": "max_steps",
 }
+_KEY_OF = {name: key for key, name in OPTION_KEYS.items()}
+# What vLLM itself reads of a request's `extra_args` (vllm/v1/request.py).
+_KEYS_OF_VLLM = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")
 
 _OF_DIFFUSION = {"small_blocks", "block_length", "max_steps", "block_cache"}
 _OF_VERIFY = {"draft_length", "draft_steps"}
 _OF_DRAFTS = {"algorithm", "threshold", "fused_commit"}
+_OF_EDITS = {"editing_threshold", "max_post_steps"}
 # Options that a request cannot set in a mode, because they would change nothing.
 INAPPLICABLE = {
     "diffusion": _OF_VERIFY,
@@ -60,6 +70,14 @@ _OF_FREEDAVE = {
 }
 
 
+class OptionError(ValueError):
+    """A request option that is refused; `key` is its request key."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 @dataclass(frozen=True)
 class RequestOptions:
     """How one request's blocks are denoised; None means the default that depends on others."""
@@ -70,7 +88,7 @@ class RequestOptions:
     """The rule's parameter. For `confidence`, `entropy`, `margin`: positions whose token is more
     probable are also taken; 1: one position a step."""
     small_blocks: int | None = None
-    """Number of sub-blocks a block is filled in, left to right. Default: sub-blocks of 8."""
+    """Number of sub-blocks a block is filled in, left to right. Default: of `sub_block_length`."""
     block_length: int = 32
     """Tokens denoised together; at most the served block length."""
     max_steps: int | None = None
@@ -82,14 +100,21 @@ class RequestOptions:
     draft_length: int | None = None
     """`verify`: tokens of a draft, the seed included; at most a block. Default: 16 or a block."""
     draft_steps: int | None = None
-    """`verify`: denoise steps that draft a block, default 1. Algorithm `freedave`: steps that a
-    forward may do, default 4."""
+    """As given: of `verify_steps` in mode `verify`, of `num_drafts` with algorithm `freedave`."""
     fused_commit: bool = False
     """Commit a block in the forward that first denoises the next one, with its seed guessed; a
     wrong guess costs rows, never tokens."""
     block_cache: bool = False
     """Between the first step of a sub-block and the next sub-block, compute only its own rows and
     reuse the KV of the rest of the canvas (Fast-dLLM v2); changes the text."""
+    editing_threshold: float = DEFAULT_EDITING_THRESHOLD
+    """`edit`: filled positions whose best token is another, and more probable, are filled again."""
+    max_post_steps: int = DEFAULT_MAX_POST_STEPS
+    """`edit`: at most so many steps edit a block that has no masks."""
+    sub_block_length: int | None = NBDIFF.sub_block_length
+    """The family's default of sub-blocks, None: a block; no request sets it."""
+    max_drafts: int = DEFAULT_MAX_DRAFTS
+    """The server's limit of `num_drafts`; no request sets it."""
 
     @property
     def draft_width(self) -> int:
@@ -99,8 +124,17 @@ class RequestOptions:
         return min(self.draft_length or DEFAULT_DRAFT_LENGTH, self.block_length)
 
     @property
+    def verify_steps(self) -> int:
+        """Denoise steps that draft a block which is then verified."""
+        return self.draft_steps or DEFAULT_DRAFT_STEPS
+
+    @property
     def num_drafts(self) -> int:
         """Canvases that a denoise forward may compute beside the request's own (FreeDave)."""
+        return min(self._wanted_drafts, self.max_drafts)
+
+    @property
+    def _wanted_drafts(self) -> int:
         if self.algorithm != FREEDAVE:
             return 0
         assert self.small_blocks is not None
@@ -110,7 +144,7 @@ class RequestOptions:
     def resolved(self) -> RequestOptions:
         """The same options with every dependent default filled in and checked together.
 
-        Raises ValueError when `block_length` is not divisible by `small_blocks`, the threshold is
+        Raises OptionError when `block_length` is not divisible by `small_blocks`, the threshold is
         beyond the algorithm's range, or the algorithm does not combine with another option.
         """
         threshold, small_blocks = self.threshold, self.small_blocks
@@ -118,72 +152,101 @@ class RequestOptions:
         if threshold is None:
             threshold = rule.threshold
         if rule.limit is not None and threshold > rule.limit:
-            raise ValueError(
+            raise OptionError(
+                "nbdiff_threshold",
                 f"nbdiff_threshold must be a number in [0, {rule.limit:g}] for {self.algorithm}, "
-                f"got {threshold!r}"
+                f"got {threshold!r}",
             )
         if small_blocks is None:
-            whole = self.block_length % DEFAULT_SUB_BLOCK_LENGTH == 0
-            small_blocks = self.block_length // DEFAULT_SUB_BLOCK_LENGTH if whole else 1
+            size = self.sub_block_length or self.block_length
+            small_blocks = 1 if self.block_length % size else self.block_length // size
         if self.block_length % small_blocks:
-            raise ValueError(
+            raise OptionError(
+                "nbdiff_small_blocks",
                 f"nbdiff_small_blocks: block length {self.block_length} is not divisible by "
-                f"{small_blocks}"
+                f"{small_blocks}",
             )
         resolved = replace(self, threshold=float(threshold), small_blocks=small_blocks)
         if self.algorithm == FREEDAVE:
-            for key, name in OPTION_KEYS.items():
-                value = getattr(resolved, name)
-                if name in _OF_FREEDAVE and value != _OF_FREEDAVE[name]:
-                    raise ValueError(f"{key}={value} does not apply to nbdiff_algorithm={FREEDAVE}")
+            resolved._check_freedave()
         return resolved
+
+    def _check_freedave(self) -> None:
+        """Raise OptionError for what does not combine, or exceeds the server's limit."""
+        for key, name in OPTION_KEYS.items():
+            value = getattr(self, name)
+            if name in _OF_FREEDAVE and value != _OF_FREEDAVE[name]:
+                message = f"{key}={value} does not apply to nbdiff_algorithm={FREEDAVE}"
+                raise OptionError(key, message)
+        if self.draft_steps is not None and self._wanted_drafts > self.max_drafts:
+            raise OptionError(
+                "nbdiff_draft_steps",
+                f"nbdiff_draft_steps={self.draft_steps} drafts {self._wanted_drafts} canvases in "
+                f"a forward; this server allows {self.max_drafts} (nbdiff.max_drafts)",
+            )
 
 
 def check_option(name: str, value: Any, max_block_length: int) -> None:
-    """Check the type and range of one option. Raises ValueError naming its request key."""
-    key = next(k for k, field in OPTION_KEYS.items() if field == name)
-    if name == "algorithm" or name == "mode":
-        allowed = tuple(RULES) if name == "algorithm" else MODES
-        if value not in allowed:
-            raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+    """Check the type and range of one option. Raises OptionError naming its request key."""
+    wanted = None
+    if name in ("algorithm", "mode"):
+        names = tuple(RULES) if name == "algorithm" else MODES
+        if value not in names:
+            wanted = f"one of {', '.join(names)}"
     elif name in ("fused_commit", "block_cache"):
         if value not in (0, 1):
-            raise ValueError(f"{key} must be 0 or 1, got {value!r}")
-    elif name == "threshold":
+            wanted = "0 or 1"
+    elif name in ("threshold", "editing_threshold"):
+        limit = MAX_THRESHOLD if name == "threshold" else 1.0
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not value >= 0:
-            raise ValueError(f"{key} must be a number of at least 0, got {value!r}")
+        if not number or not 0 <= value <= limit:
+            wanted = f"a number of at least 0 and at most {limit:.0f}"
     else:
-        lengths = ("block_length", "small_blocks", "draft_length")
-        limit = max_block_length if name in lengths else None
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < 1 or (limit is not None and value > limit):
-            top = f" and at most {limit}" if limit is not None else ""
-            raise ValueError(f"{key} must be an integer of at least 1{top}, got {value!r}")
+        steps = name in ("max_steps", "draft_steps", "max_post_steps")
+        least, most = int(name != "max_post_steps"), MAX_STEPS if steps else max_block_length
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            wanted = f"an integer of at least {least} and at most {most}"
+    if wanted is not None:
+        key = _KEY_OF[name]
+        raise OptionError(key, f"{key} must be {wanted}, got {reprlib.repr(value)}")
+
+
+def inapplicable_to(algorithm: str) -> set[str]:
+    """Options that a request cannot set with an algorithm, because they would change nothing."""
+    rule = RULES[algorithm]
+    return {"max_steps"} if rule.edits else _OF_EDITS | ({"threshold"} if rule.is_fixed else set())
+
+
+def check_family(name: str, value: Any, family: Family) -> None:
+    """Raise OptionError for what does not apply to the models of `family`."""
+    if (reason := family.refusal(name, value)) is not None:
+        raise OptionError(_KEY_OF[name], f"{_KEY_OF[name]}{reason}")
 
 
 def check_mode(mode: str, tensor_parallel_size: int) -> None:
-    """Raise ValueError for a mode that tensor parallelism rules out.
+    """Raise OptionError for a mode that tensor parallelism rules out.
 
     What `auto` measures differs from rank to rank, and so would their choices.
     """
     if mode == "auto" and tensor_parallel_size > 1:
-        raise ValueError("nbdiff_mode=auto measures time and needs --tensor-parallel-size 1")
+        message = "nbdiff_mode=auto measures time and needs --tensor-parallel-size 1"
+        raise OptionError("nbdiff_mode", message)
 
 
 def parse_options(
     extra_args: dict[str, Any] | None, config: BlockDiffusionConfig
 ) -> RequestOptions:
-    """The options of one request. Raises ValueError naming the offending key."""
+    """The options of one request. Raises OptionError naming the offending key."""
     values: dict[str, Any] = {}
     for key, value in (extra_args or {}).items():
         name = OPTION_KEYS.get(key)
-        if name is None:
-            if key.startswith(("nbdiff_", "diffusion_")):
-                raise ValueError(f"unknown option {key}; known: {', '.join(OPTION_KEYS)}")
-            continue
-        check_option(name, value, config.block_length)
-        values[name] = value
+        if name is not None:
+            check_option(name, value, config.block_length)
+            check_family(name, value, config.family)
+            _check_allowed(name, value, config)
+            values[name] = value
+        elif key not in _KEYS_OF_VLLM:
+            raise _unknown(str(key))
     if not values:
         return config.defaults
     options = replace(_unresolved(config, values), **values)
@@ -193,9 +256,35 @@ def parse_options(
         inapplicable = inapplicable - {"draft_steps"}
     for key, name in OPTION_KEYS.items():
         if name in values and name in inapplicable:
-            raise ValueError(f"{key} does not apply to nbdiff_mode={mode}")
+            raise OptionError(key, f"{key} does not apply to nbdiff_mode={mode}")
+        if name in values and name in inapplicable_to(options.algorithm):
+            raise OptionError(key, f"{key} does not apply to nbdiff_algorithm={options.algorithm}")
     check_mode(mode, config.tensor_parallel_size)
     return options.resolved()
+
+
+def _unknown(key: str) -> OptionError:
+    """The error for a key that nobody reads, with the option that may have been meant."""
+    stem = key.removeprefix("nbdiff_").removeprefix("diffusion_")
+    meant = difflib.get_close_matches(stem, _KEY_OF, n=1)
+    hint = f"did you mean {_KEY_OF[meant[0]]}?" if meant else f"known: {', '.join(OPTION_KEYS)}"
+    shown = key if len(key) <= 64 else f"{key[:64]}..."
+    quoted = shown if key.isidentifier() else repr(shown)
+    return OptionError(
+        shown, f"unknown option {quoted} in extra_args (vllm_xargs over HTTP); {hint}"
+    )
+
+
+def _check_allowed(name: str, value: Any, config: BlockDiffusionConfig) -> None:
+    """Raise OptionError for what `nbdiff.allow` rules out; the server's default never is."""
+    allow = config.engine.allow
+    choices = {"mode": allow.modes, "algorithm": allow.algorithms}.get(name)
+    barred = choices is not None and value not in (*choices, getattr(config.defaults, name))
+    key = _KEY_OF[name]
+    if allow.options is not None and name not in allow.options:
+        raise OptionError(key, f"{key} is not allowed by this server (nbdiff.allow.options)")
+    if barred:
+        raise OptionError(key, f"{key}={value} is not allowed by this server (nbdiff.allow)")
 
 
 def _unresolved(config: BlockDiffusionConfig, values: dict[str, Any]) -> RequestOptions:
@@ -208,57 +297,3 @@ def _unresolved(config: BlockDiffusionConfig, values: dict[str, Any]) -> Request
     if values.get("block_length", base.block_length) != base.block_length:
         base = replace(base, small_blocks=None)
     return base
-
-
-def refuse_unsupported(params: SamplingParams) -> str | None:
-    """The name of a standard sampling parameter that block diffusion cannot honour, or None."""
-    unsupported = {
-        "logprobs": params.logprobs is not None,
-        "logprob_token_ids": params.logprob_token_ids is not None,
-        "prompt_logprobs": params.prompt_logprobs is not None,
-        "prompt_logprob_token_ids": params.prompt_logprob_token_ids is not None,
-        "structured_outputs": params.structured_outputs is not None,
-        "thinking_token_budget": params.thinking_token_budget is not None,
-        "trace_decode_token_ids": bool(params.trace_decode_token_ids),
-    }
-    return next((name for name, used in unsupported.items() if used), None)
-
-
-def validate_request(
-    params: SamplingParams, prompt_token_ids: Sequence[int] | None, config: BlockDiffusionConfig
-) -> None:
-    """Check one request at admission.
-
-    Raises VLLMValidationError (HTTP 400) naming the parameter.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    if (name := refuse_unsupported(params)) is not None:
-        raise VLLMValidationError(
-            f"{name} is not supported with block-diffusion models", parameter=name
-        )
-    try:
-        options = parse_options(params.extra_args, config)
-    except ValueError as error:
-        raise VLLMValidationError(str(error), parameter="extra_args") from None
-    if options.algorithm == FREEDAVE and params.temperature > 0:
-        raise VLLMValidationError(
-            f"nbdiff_algorithm={FREEDAVE} is greedy and needs temperature=0, "
-            f"got {params.temperature}",
-            parameter="temperature",
-        )
-    if params.allowed_token_ids and set(params.allowed_token_ids) == {config.mask_token_id}:
-        raise VLLMValidationError(
-            f"allowed_token_ids holds only the mask token (id {config.mask_token_id}), which is "
-            "never generated",
-            parameter="allowed_token_ids",
-        )
-    if config.engine.allow_mask_token_in_prompt or prompt_token_ids is None:
-        return
-    if config.mask_token_id in prompt_token_ids:
-        raise VLLMValidationError(
-            f"the prompt contains the mask token (id {config.mask_token_id}); to allow it, start "
-            'the server with --additional-config \'{"nbdiff": {"allow_mask_token_in_prompt": '
-            "true}}'",
-            parameter="prompt",
-        )

@@ -3,23 +3,134 @@
 
 from __future__ import annotations
 
-import importlib.util
+import math
 import os
 import re
 import sys
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from vllm_nbdiff.compat import ATTENTION_BACKEND
+from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.names import ATTENTION_BACKEND, LOGGER, SCHEDULER
 
 if TYPE_CHECKING:
-    from vllm_nbdiff.config import BlockDiffusionConfig
+    from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 
 # FLASH_ATTN takes a causal flag per sequence in its version 4, and says so otherwise.
 _CUDA_ATTENTION = ("CUSTOM", "TRITON_ATTN", "FLASH_ATTN")
+# vLLM's own choice (vllm/platforms/cpu.py).
+_CPU_PAGE_SIZE = 128
+# vLLM applies every one that is installed, to every model.
+_LOGITS_PROCESSORS = "vllm.logits_processors"
+
+
+class NBDiffConfigHook:
+    """vLLM's per-architecture config hook (`MODELS_CONFIG_MAP`)."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Nothing to change before the other configs exist."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check the block-diffusion settings and set what the engine needs.
+
+        `canvas_length` goes on `DiffusionConfig` only: on the HF config it would make vLLM treat
+        the model as one that refuses temperature, seed and most other sampling parameters.
+
+        Order: `VllmConfig.__post_init__` (vllm/config/vllm.py):
+        `self.try_verify_and_update_config`, `scheduler_config.async_scheduling`,
+        `self._set_cudagraph_sizes`, `current_platform.check_and_update_config`,
+        `self._validate_v2_model_runner`.
+        """
+        from vllm.config.diffusion import DiffusionConfig
+
+        config = BlockDiffusionConfig.from_vllm_config(vllm_config)
+        refuse_unsupported_features(vllm_config)
+        if config.family.thinking_budget:
+            _set_end_of_thinking(vllm_config, config.vocab_size)
+        canvas = vllm_config.diffusion_config
+        vllm_config.diffusion_config = DiffusionConfig(
+            canvas_length=config.block_length,
+            max_denoising_steps=canvas.max_denoising_steps if canvas is not None else None,
+        )
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        _fit_blocks(vllm_config.scheduler_config, config.block_length)
+        if config.family.block_causal:
+            _fit_pages(vllm_config, config.block_length)
+        set_platform_defaults(vllm_config, config)
+
+
+def _set_end_of_thinking(vllm_config: VllmConfig, vocab_size: int) -> None:
+    """Let `end_think_token_id` of config.json stand for a reasoning config, which vLLM asks for."""
+    from vllm_nbdiff import compat
+
+    token = getattr(vllm_config.model_config.hf_config, "end_think_token_id", None)
+    if token is None or vllm_config.reasoning_config is not None:
+        return
+    if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+        raise ValueError(
+            f"end_think_token_id must be an integer in [0, {vocab_size}) (the vocabulary), "
+            f"got {token!r}"
+        )
+    vllm_config.reasoning_config = compat.reasoning_config(token)
+
+
+def _fit_blocks(scheduler: SchedulerConfig, block_length: int) -> None:
+    """Make sure that a step can hold a whole block of every sequence; lowers `max_num_seqs`."""
+    from vllm.logger import init_logger
+
+    if scheduler.max_num_batched_tokens < block_length:
+        raise ValueError(
+            f"--max-num-batched-tokens ({scheduler.max_num_batched_tokens}) must hold one "
+            f"whole block (block_length={block_length})"
+        )
+    if 0 < scheduler.long_prefill_token_threshold < block_length:
+        raise ValueError(
+            f"--long-prefill-token-threshold ({scheduler.long_prefill_token_threshold}) would "
+            f"split blocks: it must be 0 or at least block_length={block_length}"
+        )
+    budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    fits = max(budget // block_length, 1)
+    if scheduler.max_num_seqs > fits:
+        init_logger(LOGGER).info(
+            "max_num_seqs lowered from %d to %d: max_num_batched_tokens (%d) must hold a whole "
+            "block of %d tokens for every sequence",
+            scheduler.max_num_seqs,
+            fits,
+            scheduler.max_num_batched_tokens,
+            block_length,
+        )
+        scheduler.max_num_seqs = fits
+
+
+def _fit_pages(vllm_config: VllmConfig, block_length: int) -> None:
+    """Make sure that pages hold whole blocks: a page that holds half of one is not final when it is
+    full, and must not be shared."""
+    from vllm.platforms import current_platform
+
+    if vllm_config.kv_transfer_config is not None:
+        raise ValueError(
+            "--kv-transfer-config is not supported with a block-causal context: what is loaded may "
+            "end inside a block"
+        )
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size:
+        if cache.block_size % block_length:
+            raise ValueError(
+                f"--block-size ({cache.block_size}) must be a multiple of the block length "
+                f"({block_length}): pages hold whole blocks where these see all of themselves"
+            )
+        return
+    default = _CPU_PAGE_SIZE if current_platform.is_cpu() else cache.DEFAULT_BLOCK_SIZE
+    cache.block_size = math.lcm(default, block_length)
+    cache.user_specified_block_size = True
 
 
 def refuse_unsupported_features(vllm_config: Any) -> None:
     """Raise ValueError naming the flag of the first start-up option we do not honour."""
+    from vllm import envs
+
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     reasons = {
         "--runner pooling": model.runner_type != "generate",
@@ -31,13 +142,28 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
         "--decode-context-parallel-size above 1": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size above 1": parallel.prefill_context_parallel_size > 1,
         "--enable-batch-sharded-sampling": bool(parallel.enable_batch_sharded_sampling),
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
         "--enable-trace-replay": model.enable_trace_replay,
         "--return-sampling-mask": model.return_sampling_mask,
+        "--watermark-config": vllm_config.watermark_config is not None,
+        # It admits requests by itself, without our checks.
+        "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND,
         "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
     }
     for flag, used in reasons.items():
         if used:
             raise ValueError(f"{flag} is not supported with block-diffusion models")
+    # The hook may run again on a configuration that it has set up.
+    if vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER):
+        raise ValueError(
+            "--scheduler-cls is not supported with block-diffusion models, which bring their own"
+        )
+    if installed := metadata.entry_points(group=_LOGITS_PROCESSORS):
+        names = ", ".join(f"{entry.name} = {entry.value}" for entry in installed)
+        raise ValueError(
+            f"logits processors are not supported with block-diffusion models, and these are "
+            f"installed (entry points {_LOGITS_PROCESSORS}): {names}; uninstall their packages"
+        )
 
 
 def set_platform_defaults(vllm_config: Any, config: BlockDiffusionConfig) -> None:
@@ -53,8 +179,8 @@ def set_platform_defaults(vllm_config: Any, config: BlockDiffusionConfig) -> Non
         _limit_cpu_kv_cache(vllm_config)
         _preload_intel_openmp()
         backend = AttentionBackendEnum.CPU_ATTN
-        _check_interpreter(config)
     else:
+        _refuse_on_cuda(vllm_config, config)
         _select_cuda_attention(vllm_config)
         backend = vllm_config.attention_config.backend
     if config.engine.attention_kernel is not None and backend.get_path() != ATTENTION_BACKEND:
@@ -64,19 +190,16 @@ def set_platform_defaults(vllm_config: Any, config: BlockDiffusionConfig) -> Non
         )
 
 
-def _check_interpreter(config: BlockDiffusionConfig) -> None:
-    """Kernels run on a CPU in Triton's interpreter only, which is for tests."""
-    if config.decoder != "device":
-        return
-    interprets = False
-    if importlib.util.find_spec("triton") is not None:
-        import triton
+def _refuse_on_cuda(vllm_config: Any, config: BlockDiffusionConfig) -> None:
+    """Raise ValueError for what a forward with a GPU's shapes cannot do."""
+    from vllm.config.compilation import CUDAGraphMode
 
-        interprets = triton.knobs.runtime.interpret
-    if not interprets:
+    if not config.static_shapes:
+        raise ValueError("--additional-config: nbdiff.static_shapes=false needs a CPU")
+    if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
         raise ValueError(
-            "--additional-config: nbdiff.decoder=device needs a GPU, or for tests triton with "
-            "TRITON_INTERPRET=1"
+            "--compilation-config: cudagraph_mode=FULL captures one segment a request also where "
+            "prompts are mixed in; use FULL_AND_PIECEWISE, FULL_DECODE_ONLY or PIECEWISE"
         )
 
 
@@ -96,7 +219,7 @@ def _keep_float32_on_cpu(vllm_config: Any) -> None:
         and stored in (torch.float32, "float32")
         and not torch.cpu._is_avx512_bf16_supported()
     ):
-        init_logger("vllm.nbdiff").warning(
+        init_logger(LOGGER).warning(
             "Serving the float32 checkpoint in float32, not bfloat16: this CPU has no bfloat16 "
             "arithmetic"
         )

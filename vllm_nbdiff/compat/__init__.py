@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every contact with vLLM's private parts, by the process that needs it.
+
+Each patch is idempotent and says its symptom, where upstream decides it, and when it can go;
+`tests/compat` turns red when one is no longer needed.
+"""
+
+from __future__ import annotations
+
+from vllm_nbdiff.compat.bodies import cure_request_models
+from vllm_nbdiff.compat.front_end import (
+    abort_requests_at_shutdown,
+    name_grammars,
+    validate_at_admission,
+    validate_before_streaming,
+)
+from vllm_nbdiff.compat.grammars import GrammarCompiler, share_compiler
+from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
+from vllm_nbdiff.compat.scheduler import allocate_own_lookahead, leave_ends_uncached
+from vllm_nbdiff.compat.thinking import reasoning_config
+from vllm_nbdiff.compat.worker import (
+    carry_counts,
+    counts_of,
+    enable_amx,
+    ignore_grammar_of_warm_up,
+    needs_cpu_kernels,
+    register_cpu_kernels,
+    select_v2_model_runner,
+)
+from vllm_nbdiff.names import ATTENTION_BACKEND
+
+__all__ = [
+    "ATTENTION_BACKEND",
+    "KINDS",
+    "GrammarCompiler",
+    "add_counts",
+    "allocate_own_lookahead",
+    "apply_patches",
+    "carry_counts",
+    "counts_of",
+    "ignore_grammar_of_warm_up",
+    "leave_ends_uncached",
+    "needs_cpu_kernels",
+    "reasoning_config",
+    "register_config_hook",
+    "register_cpu_kernels",
+    "share_compiler",
+]
+
+
+def register_config_hook(architecture: str, hook: type) -> None:
+    """Add `hook` to the table of per-architecture config hooks.
+
+    The table is not documented as an extension point; vLLM's bart plugin uses it as one.
+    """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    MODELS_CONFIG_MAP[architecture] = hook
+
+
+def apply_patches() -> None:
+    """Apply every patch that all processes need."""
+    select_v2_model_runner()
+    validate_at_admission()
+    validate_before_streaming()
+    name_grammars()
+    cure_request_models()
+    abort_requests_at_shutdown()
+    export_diffusion_metrics()
+    enable_amx()
