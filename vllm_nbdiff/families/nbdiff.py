@@ -18,7 +18,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 if TYPE_CHECKING:
-    from vllm_nbdiff.engine.segments import SegmentForward
+    from vllm_nbdiff.engine.forward import Forward
 
 
 class BlockDiffusion:
@@ -30,14 +30,24 @@ class BlockDiffusion:
         positions: torch.Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
-        segments: SegmentForward | None = None,
+        segments: Forward | None = None,
     ) -> Any:
         """Hidden states [rows, hidden] of `segments`, or of the rows that the runner prepared."""
         forward = super().forward  # type: ignore[misc]
         if segments is None:
             return forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         with segments.context():
-            return forward(segments.input_ids, segments.positions)
+            hidden = forward(segments.input_ids, segments.rows.position)
+        return hidden if segments.order is None else hidden[segments.order]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocabulary] of hidden states [rows, hidden], of which there may be none.
+
+        Block-causal prompts need no logits, and vLLM's CPU workers die gathering those of no rows.
+        """
+        if not len(hidden_states):
+            return hidden_states.new_empty(0, self.config.vocab_size)  # type: ignore[attr-defined]
+        return super().compute_logits(hidden_states)  # type: ignore[misc]
 
     @staticmethod
     def get_model_state_cls() -> type:
