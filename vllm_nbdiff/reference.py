@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NBDiff decoding with plain transformers: one request, KV cache, no vLLM.
+"""Decoding of NBDiff and of Fast-dLLM v2 with plain transformers: one request, KV cache, no vLLM.
 
 Written for obviousness, as the yardstick of the engine. Semantics of ``generation_utils.py`` of
 YuchuanTian/NBDiff (arXiv 2512.06776) at batch 1, with two corrections. ``margin`` compares the two
@@ -67,10 +67,10 @@ class Sampling:
         logits = logits.float()
         if self.temperature > 0:
             logits = self.without_mask(logits) / self.temperature
-            if self.top_p is not None:
-                logits = keep_top_p(logits, self.top_p)
             if self.top_k is not None:
                 logits = keep_top_k(logits, self.top_k)
+            if self.top_p is not None:
+                logits = keep_top_p(logits, self.top_p)
         return logits.softmax(dim=-1)
 
     def draw(self, probabilities: torch.Tensor) -> int:
@@ -96,8 +96,7 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """-inf outside the smallest set of best tokens whose probability reaches ``top_p``."""
     best_first, order = logits.sort(descending=True)
     mass = best_first.softmax(dim=-1).cumsum(dim=-1)
-    mass_before = torch.cat([mass.new_zeros(1), mass[:-1]])
-    dropped = order[mass_before > top_p]
+    dropped = order[1:][mass[:-1] > top_p]
     return logits.index_fill(0, dropped, -torch.inf)
 
 
@@ -122,7 +121,7 @@ def confidence_of(probabilities: torch.Tensor, token_id: int, algorithm: Algorit
 class Context:
     """A model with the KV cache of its finished text.
 
-    ``block_causal`` finishes text with every appended piece seeing all of itself, as other block
+    ``block_causal`` finishes text with every appended block seeing all of itself, as other block
     diffusion models do and NBDiff does not.
     """
 
@@ -173,14 +172,11 @@ def denoise_step(
     """Fill, in place, the most confident of the ``masked`` positions of ``canvas`` and all others
     whose token has a probability above ``threshold``."""
     logits = context.look(canvas)
-    tokens, confidences, chances = [], [], []
-    for position in masked:
-        probabilities = sampling.probabilities(logits[position - 1])
-        token = sampling.draw(probabilities)
-        tokens.append(token)
-        confidences.append(confidence_of(probabilities, token, algorithm))
-        chances.append(float(probabilities[token]))
-
+    rows = [sampling.probabilities(logits[position - 1]) for position in masked]
+    tokens = [sampling.draw(row) for row in rows]
+    pairs = list(zip(rows, tokens, strict=True))
+    confidences = [confidence_of(row, token, algorithm) for row, token in pairs]
+    chances = [float(row[token]) for row, token in pairs]
     best = max(range(len(masked)), key=lambda i: confidences[i])
     taken = [i for i in range(len(masked)) if i == best or chances[i] > threshold]
     taken = [i for i in taken if tokens[i] != sampling.mask_token_id]
@@ -202,10 +198,8 @@ def denoise_step(
 
 def cut(token_ids: list[int], eos_token_ids: Collection[int], max_tokens: int) -> list[int]:
     """The first ``max_tokens`` tokens, up to and including the first eos."""
-    for index, token in enumerate(token_ids[:max_tokens]):
-        if token in eos_token_ids:
-            return token_ids[: index + 1]
-    return token_ids[:max_tokens]
+    ends = (index + 1 for index, token in enumerate(token_ids) if token in eos_token_ids)
+    return token_ids[: min(next(ends, max_tokens), max_tokens)]
 
 
 def generate(
@@ -239,10 +233,10 @@ def generate(
         threshold: Positions whose token is more probable than this are filled at once; 1 fills
             one position a step.
         temperature: 0 is greedy.
-        top_p: Nucleus, at a positive temperature.
-        top_k: Number of best tokens kept, at a positive temperature.
-        generator: Source of randomness at a positive temperature.
-        block_causal: For models trained with that context, see :class:`Context`.
+        top_p, top_k, generator: Nucleus, number of best tokens kept and source of randomness, at
+            a positive temperature.
+        block_causal: As Fast-dLLM v2 (arXiv 2509.26328): with that :class:`Context`, blocks counted
+            from the beginning of the prompt and the prompt's tail a part of the first canvas.
 
     Raises:
         ValueError: If an option is out of range.
@@ -255,32 +249,28 @@ def generate(
         )
     sampling = Sampling(mask_token_id, temperature, top_p, top_k, generator)
     context = Context(model, block_causal)
-    small = block_length // num_small_blocks
-    text: list[int] = []
+    piece = block_length if block_causal else len(prompt_ids)
+    tail = len(prompt_ids) % piece
+    whole = len(prompt_ids) - tail
+    text = list(prompt_ids[whole:])
     steps: list[Step] = []
-
-    def finish() -> Generation:
-        return Generation(cut(text, eos_token_ids, max_tokens), context.forwards, steps)
-
-    logits = context.append(prompt_ids)
-    while len(text) < max_tokens:
-        seed = sampling.draw_text(logits)
-        canvas = [seed] + [mask_token_id] * (block_length - 1)
-        block = len(text) // block_length
-        for start in range(0, block_length, small):
-            while True:
-                masked = [i for i in range(start, start + small) if canvas[i] == mask_token_id]
-                if not masked:
-                    break
-                steps.append(
-                    denoise_step(context, canvas, masked, block, algorithm, threshold, sampling)
-                )
-            if any(token in eos_token_ids for token in canvas):
-                text += canvas
-                return finish()
-        logits = context.append(canvas)
-        text += canvas
-    return finish()
+    ended = False
+    for start in range(0, whole, piece):
+        logits = context.append(prompt_ids[start : start + piece])
+    while not ended and len(text) < tail + max_tokens:
+        block, known = divmod(len(text), block_length)
+        canvas = text[len(text) - known :] or [sampling.draw_text(logits)]
+        canvas += [mask_token_id] * (block_length - len(canvas))
+        for part in torch.arange(block_length).chunk(num_small_blocks):
+            while masked := [i for i in part.tolist() if canvas[i] == mask_token_id]:
+                step = denoise_step(context, canvas, masked, block, algorithm, threshold, sampling)
+                steps.append(step)
+            if ended := any(token in eos_token_ids for token in canvas[known:]):
+                break
+        else:
+            logits = context.append(canvas)
+        text += canvas[known:]
+    return Generation(cut(text[tail:], eos_token_ids, max_tokens), context.forwards, steps)
 
 
 def generate_ar(

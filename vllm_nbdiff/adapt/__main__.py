@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -25,6 +25,7 @@ from vllm_nbdiff.adapt.loss import LossOptions
 from vllm_nbdiff.adapt.plot import loss_curves
 from vllm_nbdiff.adapt.schedule import BlockGrowth, Schedule
 from vllm_nbdiff.adapt.train import AdaptationTrainer, losses_on
+from vllm_nbdiff.families.family import ContextMask
 
 HELD_OUT = 200
 """Most lines that are set aside for the evaluation when no file is named for it."""
@@ -49,6 +50,10 @@ class AdaptArguments:
     out: Path = field(metadata={"help": "folder of the adapted checkpoint and trainer state"})
     eval_data: Path | None = field(
         default=None, metadata={"help": "the same for the evaluation; default: lines of --data"}
+    )
+    context: ContextMask = field(
+        default="causal",
+        metadata={"help": "of finished text: causal (NBDiff) or block-causal (Fast-dLLM v2)"},
     )
     block_length: int = field(default=32, metadata={"help": "tokens denoised together, as served"})
     batch_tokens: int = field(default=8192, metadata={"help": "tokens of a device's batch"})
@@ -110,6 +115,44 @@ def split(options: AdaptArguments, seed: int) -> tuple[datasets.Dataset, dataset
     return parts["train"], parts["test"]
 
 
+def growth_of(options: AdaptArguments, steps: int) -> BlockGrowth:
+    """Block lengths of a run of so many steps.
+
+    Raises:
+        ValueError: If the grid of one of them would not be that of the whole text.
+    """
+    growth = BlockGrowth(
+        interval=options.growth_interval or max(1, steps // 20),
+        start=options.growth_start,
+        initial=options.growth_initial,
+        ratio=options.growth_ratio,
+        final=options.block_length,
+    )
+    odd = next((n for n in map(growth, range(steps)) if growth.final % n), None)
+    if options.context == "block-causal" and odd is not None:
+        raise ValueError(
+            f"--context block-causal: a block length of {odd} in training does not divide "
+            f"--block-length {growth.final}; choose --growth-initial and --growth-ratio"
+        )
+    return growth
+
+
+def losses_of(options: AdaptArguments) -> tuple[LossOptions, LossOptions]:
+    """What is trained, and what is measured before and after."""
+    measured = LossOptions(
+        context=options.context, ar_targets="all" if options.context == "causal" else "seeds"
+    )
+    trained = replace(
+        measured,
+        ar_weight=options.ar_weight,
+        weighting=options.weighting,  # type: ignore[arg-type]
+        eos_padding_weight=options.eos_padding_weight,
+        position_bias=options.position_bias,
+        certainty_weight=options.certainty_weight if options.certainty_steps else 0.0,
+    )
+    return trained, measured
+
+
 def adapt(options: AdaptArguments, training: TrainingArguments) -> None:
     """Train, save, evaluate.
 
@@ -117,7 +160,11 @@ def adapt(options: AdaptArguments, training: TrainingArguments) -> None:
         ValueError: For an option or data that cannot be used.
         FloatingPointError: When the training diverges; its last checkpoint stays.
     """
-    model, tokenizer = load(options.model, getattr(torch, options.dtype), options.attention)
+    steps, context = training.max_steps, options.context
+    growth = growth_of(options, steps)
+    trained_losses, measured_losses = losses_of(options)
+    dtype = getattr(torch, options.dtype)
+    model, tokenizer = load(options.model, dtype, options.attention, context)
     mask = ensure_mask_token(model, tokenizer)
     limit = model.config.max_position_embeddings
     if options.max_length is not None and options.max_length > limit:
@@ -126,7 +173,7 @@ def adapt(options: AdaptArguments, training: TrainingArguments) -> None:
 
     def batches(lines: datasets.Dataset) -> files.Batches:
         rows = files.tokenize(
-            lines, tokenizer, length, options.max_length or limit, options.drop_long
+            lines, tokenizer, length, options.max_length or limit, options.drop_long, context
         )
         return files.Batches(rows, length, options.batch_tokens, training.seed)
 
@@ -135,41 +182,26 @@ def adapt(options: AdaptArguments, training: TrainingArguments) -> None:
         trained, held_out = batches(train_lines), batches(eval_lines)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate = Collator(pad, tokenizer.eos_token_id, length)
-    steps = training.max_steps
     trainer = AdaptationTrainer(
         model=model,
         args=training,
         train_dataset=trained,
         data_collator=collate,
         processing_class=tokenizer,
-        schedule=Schedule(
-            BlockGrowth(
-                interval=options.growth_interval or max(1, steps // 20),
-                start=options.growth_start,
-                initial=options.growth_initial,
-                ratio=options.growth_ratio,
-                final=length,
-            ),
-            certainty_from=steps - options.certainty_steps,
-        ),
+        schedule=Schedule(growth, certainty_from=steps - options.certainty_steps),
         mask_token_id=mask,
-        loss_options=LossOptions(
-            ar_weight=options.ar_weight,
-            weighting=options.weighting,  # type: ignore[arg-type]
-            eos_padding_weight=options.eos_padding_weight,
-            position_bias=options.position_bias,
-            certainty_weight=options.certainty_weight if options.certainty_steps else 0.0,
-        ),
+        loss_options=trained_losses,
     )
-    before = losses_on(trainer.model, held_out, collate, length, mask, LossOptions())
+    before = losses_on(trainer.model, held_out, collate, length, mask, measured_losses)
     trainer.train(resume_from_checkpoint=get_last_checkpoint_of(training))
-    after = losses_on(trainer.model, held_out, collate, length, mask, LossOptions())
+    after = losses_on(trainer.model, held_out, collate, length, mask, measured_losses)
 
     trainer.save_model(str(options.out))
     if not trainer.is_world_process_zero():
         return
     served = {"nbdiff_threshold": options.threshold, "nbdiff_small_blocks": options.small_blocks}
-    mark(options.out, options.model, length, mask, {k: v for k, v in served.items() if v})
+    defaults = {key: value for key, value in served.items() if value}
+    mark(options.out, options.model, length, mask, defaults, context)
     loss_curves(trainer.state.log_history, options.out / "losses.png")
     summary = {"steps": trainer.state.global_step, "before": before, "after": after}
     (options.out / "adaptation.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -16,19 +16,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vllm_nbdiff.config import ARCHITECTURE, MODEL_TYPES
-from vllm_nbdiff.families.pangu_config import PanguEmbeddedConfig
+from vllm_nbdiff.config import MODEL_TYPES
+from vllm_nbdiff.families.configs import FastDLLMQwenConfig, PanguEmbeddedConfig
+from vllm_nbdiff.families.family import FAST_DLLM, NBDIFF, ContextMask
 
 MASK_TOKEN = "<|mask|>"
+FAMILIES = {family.context: family for family in (NBDIFF, FAST_DLLM)}
+"""As what an adapted checkpoint is served, by the context that it was trained with."""
 
 
 def load(
-    folder: Path, dtype: torch.dtype, attention: str = "sdpa"
+    folder: Path, dtype: torch.dtype, attention: str = "sdpa", context: ContextMask = "causal"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready to be trained, and its tokenizer.
 
     Raises:
-        ValueError: If the engine has no backbone for the model, or could not serve its attention.
+        ValueError: If the engine has no backbone for the model with this context, or could not
+            serve its attention.
     """
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     if model_type not in MODEL_TYPES:
@@ -37,10 +41,21 @@ def load(
     config = config or AutoConfig.from_pretrained(folder)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError("sliding-window attention layers cannot be adapted")
+    if context == "block-causal" and not _fits_fast_dllm(config):
+        raise ValueError(
+            f"--context block-causal needs the layers of {FAST_DLLM.name}, llama without biases or "
+            f"qwen2; those of --model {folder} ({model_type}) differ"
+        )
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, attn_implementation=attention
     )
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _fits_fast_dllm(config: PretrainedConfig) -> bool:
+    """Whether there are no norms of q and k, and no biases but those of q, k and v."""
+    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    return config.model_type in ("llama", "qwen2") and not biased
 
 
 def _pangu_as_llama(folder: Path) -> PretrainedConfig:
@@ -80,25 +95,31 @@ def mark(
     block_length: int,
     mask_token_id: int,
     defaults: dict[str, Any] | None = None,
+    context: ContextMask = "causal",
 ) -> None:
     """Make a saved checkpoint name itself block-diffusion.
 
     Args:
         folder: Where ``save_pretrained`` wrote it.
-        source: The checkpoint that it comes from; its family stays.
+        source: The checkpoint that it comes from.
         block_length: Served block length.
         mask_token_id: Id of the mask token.
         defaults: Served options, such as ``{"nbdiff_threshold": 0.9}``, for
             ``generation_config.json``.
+        context: What it was trained with.
     """
     saved = json.loads((folder / "config.json").read_text())
     origin = json.loads((source / "config.json").read_text())
     if origin["model_type"] == "PanguEmbedded":
         origin.pop("auto_map", None)  # remote code that does not move along, nor is needed
         saved = origin | {"vocab_size": saved["vocab_size"], "dtype": saved["dtype"]}
+    family = FAMILIES[context]
+    if family is FAST_DLLM:
+        biased = saved["model_type"] == "qwen2"
+        saved |= {"model_type": FastDLLMQwenConfig.model_type, "qkv_bias": biased}
     saved |= {
-        "architectures": [ARCHITECTURE],
-        "block_length": block_length,
+        "architectures": list(family.models),
+        family.block_length_key: block_length,
         "mask_token_id": mask_token_id,
         "use_cache": True,
     }

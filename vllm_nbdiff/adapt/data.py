@@ -10,26 +10,34 @@ from typing import TypedDict, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from vllm_nbdiff.families.family import ContextMask
+
 T = TypeVar("T")
 LENGTH_STEP = 32
 
 
 class Example(TypedDict):
-    """A tokenized prompt of ``prompt_length`` tokens and its answer, which ends with eos."""
+    """A tokenized prompt of ``prompt_length`` tokens and its answer, which ends with eos.
+
+    The first ``tail_length`` tokens of the answer are prompt too, see :func:`cut_at_block`.
+    """
 
     input_ids: list[int]
     prompt_length: int
+    tail_length: int
 
 
 class Batch(TypedDict):
     """Left-padded prompts and right-padded answers.
 
-    ``input_ids`` is ``[rows, prompt columns + answer columns]`` int64; ``prompt_padding`` and
-    ``answer_length`` are ``[rows]`` int64, ``answer_columns`` a 0-d int64.
+    ``input_ids`` is ``[rows, prompt columns + answer columns]`` int64; ``prompt_padding``,
+    ``tail_length`` and ``answer_length``, which counts the tail, are ``[rows]`` int64,
+    ``answer_columns`` a 0-d int64.
     """
 
     input_ids: torch.Tensor
     prompt_padding: torch.Tensor
+    tail_length: torch.Tensor
     answer_length: torch.Tensor
     answer_columns: torch.Tensor
 
@@ -50,7 +58,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
     prompt = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     text = messages[-1]["content"] + tokenizer.eos_token
     answer = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return {"input_ids": prompt + answer, "prompt_length": len(prompt)}
+    return {"input_ids": prompt + answer, "prompt_length": len(prompt), "tail_length": 0}
+
+
+def cut_at_block(example: Example, block_length: int, context: ContextMask) -> Example:
+    """``example`` with its prompt ending where the first denoised block begins.
+
+    With a causal context that is the prompt's end. With a block-causal one it is the last multiple
+    of ``block_length``: the rest of the prompt, its tail, counts as answer, of which it is the
+    beginning that is never noised and no target.
+    """
+    if context == "causal":
+        return example
+    prompt, tail = example["prompt_length"], example["prompt_length"] % block_length
+    return {**example, "prompt_length": prompt - tail, "tail_length": tail}
 
 
 def pack(
@@ -66,10 +87,10 @@ def pack(
     for text in texts:
         kept += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         while len(kept) >= length:
-            yield {"input_ids": kept[:length], "prompt_length": 1}
+            yield {"input_ids": kept[:length], "prompt_length": 1, "tail_length": 0}
             kept = kept[length:]
     if len(kept) > 1:
-        yield {"input_ids": kept, "prompt_length": 1}
+        yield {"input_ids": kept, "prompt_length": 1, "tail_length": 0}
 
 
 def row_length(prompt: int, answer: int, block_length: int, copies: int = 2) -> int:
@@ -133,6 +154,7 @@ class Collator:
         return {
             "input_ids": torch.tensor(rows),
             "prompt_padding": prompt_columns - torch.tensor(prompts),
+            "tail_length": torch.tensor([example["tail_length"] for example in examples]),
             "answer_length": torch.tensor(answers),
             "answer_columns": torch.tensor(answer_columns),
         }

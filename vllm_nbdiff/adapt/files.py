@@ -9,7 +9,15 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from vllm_nbdiff.adapt.data import Example, encode, pack, row_length, token_batches
+from vllm_nbdiff.adapt.data import (
+    Example,
+    cut_at_block,
+    encode,
+    pack,
+    row_length,
+    token_batches,
+)
+from vllm_nbdiff.families.family import ContextMask
 
 
 def read(path: Path) -> datasets.Dataset:
@@ -34,21 +42,31 @@ def tokenize(
     block_length: int,
     max_length: int,
     drop_long: bool = False,
+    context: ContextMask = "causal",
 ) -> datasets.Dataset:
-    """Rows of ``input_ids`` and ``prompt_length``; texts are packed to ``max_length``.
+    """Examples, cut for their context; texts are packed to ``max_length``.
 
     Raises:
         ValueError: If a conversation, its answer filled up to whole blocks, is longer than
-            ``max_length`` (``drop_long`` leaves such ones out), or no row is left.
+            ``max_length`` (``drop_long`` leaves such ones out), ``max_length`` holds no block of a
+            text, or no row is left.
     """
+
+    def cut(example: Example) -> Example:
+        return cut_at_block(example, block_length, context)
+
     if "messages" in lines.column_names:
         rows = lines.map(
-            lambda line: encode(tokenizer, line["messages"]), remove_columns=lines.column_names
+            lambda line: cut(encode(tokenizer, line["messages"])), remove_columns=lines.column_names
         )
         rows = _checked(rows, block_length, max_length, drop_long)
     else:
-        whole = 1 + (max_length - 1) // block_length * block_length
-        rows = datasets.Dataset.from_list(list(pack(tokenizer, lines["text"], whole)))
+        prompt = cut({"input_ids": [], "prompt_length": 1, "tail_length": 0})["prompt_length"]
+        whole = (max_length - prompt) // block_length * block_length
+        if not whole:
+            raise ValueError(f"--max-length {max_length} holds no block of {block_length} tokens")
+        packed = pack(tokenizer, lines["text"], prompt + whole)
+        rows = datasets.Dataset.from_list([cut(example) for example in packed])
     if not len(rows):
         raise ValueError("no training examples are left")
     return rows

@@ -2,7 +2,7 @@
 """L = L_MDM + 0.5 * L_AR on the input [noised ; clean] (NBDiff, arXiv 2512.06776)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,9 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
 
 from vllm_nbdiff.adapt.data import Batch
-from vllm_nbdiff.adapt.mask import ContextMask, attention_mask, block_numbers, training_mask
+from vllm_nbdiff.adapt.mask import attention_mask, block_numbers, training_mask
 from vllm_nbdiff.adapt.noise import noise_blocks
+from vllm_nbdiff.families.family import ContextMask
 
 Weighting = Literal["uniform", "inverse_t"]
 CERTAINTY_TEMPERATURE = 0.5
@@ -34,8 +35,9 @@ class LossOptions:
         certainty_weight: Factor of the entropy of right guesses at masked positions
             (certainty-forcing of dParallel, arXiv 2509.26488): surer guesses pass a threshold
             sooner, which buys tokens per forward.
-        context: How clean text sees itself. ``block`` (the usual block diffusion) has a next-token
-            loss at the seeds only, since other rows see their target. The engine serves ``causal``.
+        context: How clean text sees itself. ``block-causal`` (the usual block diffusion) has a
+            next-token loss at the seeds only, since other rows see their target, and is for batches
+            of :func:`~vllm_nbdiff.adapt.data.cut_at_block`.
     """
 
     ar_weight: float = 0.5
@@ -52,9 +54,15 @@ class LossOptions:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.weighting not in ("uniform", "inverse_t"):
             raise ValueError(f"weighting must be uniform or inverse_t, got {self.weighting!r}")
-        if self.context == "block" and self.ar_targets != "seeds":
+        if self.context not in get_args(ContextMask):
+            raise ValueError(f"context must be causal or block-causal, got {self.context!r}")
+        if self.context == "block-causal" and self.ar_targets != "seeds":
             raise ValueError(
-                "context 'block' needs ar_targets='seeds': other rows see their target"
+                "context 'block-causal' needs ar_targets='seeds': other rows see their target"
+            )
+        if self.context == "block-causal" and self.ar_weight == 0:
+            raise ValueError(
+                "context 'block-causal' needs a positive ar_weight: seeds have no other loss"
             )
 
 
@@ -85,7 +93,8 @@ def _forward(
 
     Returns:
         ``[rows, noised columns - 1, vocab]`` for tokens 1 and on, ``[rows, answer columns, vocab]``
-        for tokens 0 and on (the first one is predicted by the last row of the prompt).
+        for tokens 0 and on (the first one is predicted by the last row of the prompt; where no
+        prompt comes before it, it is of the prompt's tail and its logits mean nothing).
     """
     clean, padding = batch["input_ids"], batch["prompt_padding"]
     (rows, length), num_noised = clean.shape, noised.shape[1]
@@ -113,12 +122,14 @@ def ar_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def _clean_loss(logits: torch.Tensor, batch: Batch, every: int) -> torch.Tensor:
-    """Next-token loss on every ``every``-th token of the answers."""
+    """Next-token loss on every ``every``-th token of the answers; there may be none."""
     num_answer = int(batch["answer_columns"])
     answer = batch["input_ids"][:, -num_answer:]
     column = torch.arange(num_answer, device=answer.device)
     chosen = (column < batch["answer_length"][:, None]) & (column % every == 0)
-    return F.cross_entropy(logits[chosen].float(), answer[chosen])
+    chosen &= column >= batch["tail_length"][:, None]
+    total = F.cross_entropy(logits[chosen].float(), answer[chosen], reduction="sum")
+    return total / chosen.sum().clamp_min(1)
 
 
 def _masked_weights(
@@ -157,7 +168,14 @@ def adaptation_loss(
     """
     num_answer = int(batch["answer_columns"])
     answer = batch["input_ids"][:, -num_answer:]
-    noised = noise_blocks(answer, block_length, mask_token_id, generator, options.position_bias)
+    noised = noise_blocks(
+        answer,
+        block_length,
+        mask_token_id,
+        generator,
+        options.position_bias,
+        known=batch["tail_length"],
+    )
     by_noised, by_clean = _forward(model, batch, noised.ids, block_length, options.context)
 
     weight = _masked_weights(batch, noised.masked, noised.level, block_length, options)[:, 1:]

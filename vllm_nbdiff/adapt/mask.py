@@ -6,18 +6,16 @@ that it spans.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-ContextMask = Literal["causal", "block"]
-"""How clean text sees itself: strictly causal, or bidirectional inside a block (and the prompt)."""
+from vllm_nbdiff.families.family import ContextMask
+
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-PAD = -2
+PAD = torch.iinfo(torch.int64).min
 """Block number of a padded column, which nobody sees."""
-PROMPT = -1
-"""Block number of a prompt column."""
 
 
 def block_numbers(
@@ -25,7 +23,8 @@ def block_numbers(
 ) -> torch.Tensor:
     """Number the columns of left-padded rows whose answers all start at column ``num_prompt``.
 
-    The block grid starts where the prompt ends, as in decoding.
+    The grid is counted from there in both directions. Of a prompt that is cut at a multiple of the
+    block length (:func:`~vllm_nbdiff.adapt.data.cut_at_block`) it is the grid of the whole text.
 
     Args:
         num_prompt: Prompt columns, padding included.
@@ -34,10 +33,11 @@ def block_numbers(
         prompt_padding: ``[rows]`` int64, padded columns on the left of each row.
 
     Returns:
-        ``[rows, num_prompt + num_answer]`` int64: ``PAD``, ``PROMPT`` or the block's number.
+        ``[rows, num_prompt + num_answer]`` int64: ``PAD`` or the block's number, negative in the
+        prompt.
     """
     column = torch.arange(num_prompt + num_answer, device=prompt_padding.device)
-    number = torch.where(column < num_prompt, PROMPT, (column - num_prompt) // block_length)
+    number = (column - num_prompt) // block_length
     return torch.where(column < prompt_padding[:, None], PAD, number)
 
 
@@ -46,8 +46,8 @@ def training_mask(block: torch.Tensor, num_noised: int, context: ContextMask = "
 
     The noised half repeats the last ``num_noised`` columns of the clean half. A noised token sees
     its own noised block in both directions and all strictly earlier clean blocks; a clean token
-    sees clean tokens up to itself (context ``block``: up to the end of its block) and never a
-    noised one. A padded token sees only itself, so that no row of the softmax is empty.
+    sees clean tokens up to itself (``block-causal``: up to the end of its block) and never a noised
+    one. A padded token sees only itself, so that no row of the softmax is empty.
 
     Args:
         block: ``[rows, length]`` int64 of the clean half, see :func:`block_numbers`.

@@ -4,7 +4,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 MIN_LEVEL = 1e-3
 """Lower end of the noise level t, which bounds the weight 1/t."""
@@ -31,6 +30,7 @@ def noise_blocks(
     mask_token_id: int,
     generator: torch.Generator | None = None,
     position_bias: float = 0.0,
+    known: torch.Tensor | None = None,
 ) -> Noised:
     """Mask a share t of each block, t ~ U[0, 1]; later positions more often, if asked.
 
@@ -49,15 +49,18 @@ def noise_blocks(
         mask_token_id: Id written over a masked token.
         generator: Source of randomness, on the CPU; torch's default one if None.
         position_bias: Strength of the preference for later positions.
+        known: ``[rows]`` int64, so many tokens at the beginning of each row stay; none if None.
     """
     rows, length = answer.shape
     blocks = -(-length // block_length)
-    padding = blocks * block_length - length
     shape = (rows, blocks, block_length)
     level = torch.rand(rows, blocks, 1, generator=generator).clamp_min(MIN_LEVEL)
 
     place = torch.arange(block_length)
-    may = (place > 0) & F.pad(torch.ones(length), (0, padding)).bool().view(blocks, block_length)
+    column = torch.arange(blocks * block_length).view(blocks, block_length)
+    may = ((place > 0) & (column < length)).expand(shape)
+    if known is not None:
+        may = may & (column >= known.cpu()[:, None, None])
     count = ((torch.rand(shape, generator=generator) < level) & may).sum(dim=-1, keepdim=True)
     # Gumbel noise on log weights: the largest keys are draws without replacement.
     gumbel = -torch.empty(shape).exponential_(generator=generator).log()

@@ -29,13 +29,14 @@ def loss_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def threshold_curves(rows: Sequence[dict[str, Any]], ar_exact: float, path: Path) -> None:
+def threshold_curves(rows: Sequence[dict[str, Any]], ar_exact: float | None, path: Path) -> None:
     """Exact answers against tokens per forward: a line for each number of sub-blocks.
 
     ``rows`` have ``small_blocks``, ``threshold``, ``exact`` (percent) and ``tpf``.
     """
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.axhline(ar_exact, color="0.6", linestyle="--", label="AR")
+    if ar_exact is not None:
+        axes.axhline(ar_exact, color="0.6", linestyle="--", label="AR")
     for small in sorted({row["small_blocks"] for row in rows}, reverse=True):
         line = [row for row in rows if row["small_blocks"] == small]
         label = f"{small} sub-block{'s' if small > 1 else ''}"
