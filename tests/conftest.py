@@ -17,6 +17,30 @@ GOLDEN = Path(__file__).parent / "golden"
 MASK = 511
 
 
+def _group(nodeid: str) -> str:
+    """Tests that run in one process: a file's, which share engines, and all that start servers and
+    clusters, which would starve each other."""
+    file = nodeid.split("::")[0]
+    return "servers" if file.split("/")[1] in ("serving", "fuzz", "ray") else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest group first: the other process has the rest meanwhile."""
+    items.sort(key=lambda item: _group(item.nodeid) != "servers")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out whole groups (xdist's own marks for that are lost on pytest 9)."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return Groups(config, log)
+
+
 @pytest.fixture(scope="session")
 def golden_cases() -> list[dict[str, Any]]:
     """Token ids of the reference NBDiff code on the checkpoint of `golden_checkpoint`."""

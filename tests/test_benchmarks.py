@@ -3,14 +3,31 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
 
-from benchmarks.engines import Sample
-from benchmarks.forward_timer import Clock
-from benchmarks.random_model import StepMix, find_step_mix
+from benchmarks import __main__ as command
+from benchmarks import budget, rows
+from benchmarks.budget import Budget
+from benchmarks.canvases import Canvases
+from benchmarks.engines import AR, DIFFUSION, OURS, STOCK, Sample
+from benchmarks.forward_timer import Clock, ForwardTimer
+from benchmarks.random_model import StepMix, find_chance, find_step_mix
 from benchmarks.report import make_row
+from vllm_nbdiff.decoding.decide import read_text
+from vllm_nbdiff.decoding.plan import make_plan
+from vllm_nbdiff.decoding.rows import pack
+from vllm_nbdiff.decoding.sampling import Drawn
 
 
 def tokens_per_forward(steps: int) -> float:
@@ -54,6 +71,7 @@ def test_row_takes_medians_and_totals() -> None:
     row = make_row("nano", "diffusion", 4, samples)
     assert (row.tokens_per_s, row.ratio_to_ar) == (100.0, 2.0)
     assert (row.exact, row.tpf, row.step_over_bare) == (83.3, 5.0, 2.0)
+    assert row.rounds == 3
     assert make_row("nano", "ar", 4, samples).ratio_to_ar == 1.0
 
 
@@ -81,3 +99,119 @@ def test_clock_costs_little() -> None:
             timed()
         best = min(best, time.perf_counter() - start)
     assert best / calls < 5e-6
+
+
+def test_time_that_a_part_leaves_goes_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(budget, "perf_counter", lambda: now[0])
+    shared = Budget(100, 4)
+    shared.begin_part()
+    assert shared.has(25) and not shared.has(25.1)
+    now[0] = 10.0
+    shared.begin_part()
+    assert shared.has(30) and not shared.has(30.1)
+    now[0] = 80.0  # beyond its share
+    shared.begin_part()
+    assert shared.has(10) and not shared.has(10.1)
+    now[0] = 120.0
+    shared.begin_part()
+    assert not shared.has(0)
+
+
+class FakeEngine:
+    """Notes what is alive; a round takes a second a request in flight, on a clock of its own."""
+
+    alive: ClassVar[list[str]] = []
+    now = 0.0
+
+    def __init__(self, architecture: str, model: Path, dtype: str) -> None:
+        self.name, self.stock = architecture, architecture == STOCK
+        self.alive.append(architecture)
+        self.llm = SimpleNamespace(collective_rpc=self.call)
+
+    def call(self, name: str, args: tuple[int]) -> list[Any]:
+        assert self.alive == [self.name]
+        return [1.0 if name == "time_rows" else (1.0, 1.0)]
+
+    def run(self, requests: list[int], batch: int) -> Sample:
+        FakeEngine.now += batch
+        return Sample(10, 1.0, 5, 0.5, 0, 0)
+
+    def close(self) -> None:
+        self.alive.remove(self.name)
+
+
+@pytest.fixture
+def fake_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEngine, "alive", [])
+    monkeypatch.setattr(FakeEngine, "now", 0.0)
+    for module in (command, rows):
+        monkeypatch.setattr(module, "Engine", FakeEngine)
+    for module in (command, budget):
+        monkeypatch.setattr(module, "perf_counter", lambda: FakeEngine.now)
+    monkeypatch.setattr(command, "SETTLE_SECONDS", 0)
+
+
+def make_run(**options: Any) -> command.Run:
+    settings = {"models": ["nano"], "modes": [AR, DIFFUSION], "rounds": 3, "minutes": 1} | options
+    console = Console(quiet=True)
+    return command.Run(Namespace(**settings), console, Progress(console=console))
+
+
+def test_a_long_round_leaves_the_others_fewer(fake_engines: None) -> None:
+    """Of 400 s, 64 requests take 128 to warm up and 128 a round; 16 then have 72, 1 the rest."""
+    run = make_run(batches=[1, 16, 64], minutes=400 / 60)
+    workload: Any = SimpleNamespace(name="nano", requests=lambda mode, batch, index: [0])
+    with run.engines(Path(), "float32") as engines:
+        run.measure(workload, engines)
+    assert [(row.batch, row.rounds) for row in run.rows[::2]] == [(64, 1), (16, 1), (1, 3)]
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError])
+def test_engines_of_a_model_end_with_it(fake_engines: None, error: type[Exception] | None) -> None:
+    ends = nullcontext() if error is None else pytest.raises(error)
+    with ends, make_run(batches=[1]).engines(Path(), "float32") as engines:
+        assert FakeEngine.alive == [OURS, STOCK]
+        assert engines[AR].stock and not engines[DIFFUSION].stock
+        if error is not None:
+            raise error
+    assert FakeEngine.alive == []
+
+
+def test_rows_of_one_engine_at_a_time(
+    fake_engines: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None is left for the interpreter, which would wait for its process."""
+    monkeypatch.setattr(rows, "build", lambda folder: None)
+    monkeypatch.setattr(sys, "argv", ["rows"])
+    rows.main()
+    assert FakeEngine.alive == []
+    assert len(capsys.readouterr().out.splitlines()) == 2 * (len(rows.ROWS) + 1)
+
+
+@pytest.mark.parametrize("tokens", [1.0, 4.0, 8.0])
+def test_forced_drafts_give_the_tokens_asked_for(tokens: float) -> None:
+    """Drafts of 8 tokens, of which verification accepts so many on average."""
+    length, vocab_size, mask = 8, 50, 2
+    drafts = torch.randint(3, vocab_size, (4000, length)) % (vocab_size - 1)
+    canvases = Canvases(drafts, 10, length, vocab_size, mask)
+    options = canvases.options._replace(verifies=torch.ones(len(drafts), dtype=torch.bool))
+    facts = canvases.facts._replace(verifies=True)
+    state = canvases.table.read(canvases.slot)
+    plan = make_plan(canvases.table, state, options, canvases.batch, facts)
+    packed = pack(plan.rows, facts)
+    nothing = torch.zeros(len(packed.owner))
+    drawn = Drawn(nothing.long(), nothing, nothing)
+
+    sampler = SimpleNamespace(draw=lambda *args: drawn)
+    timer = ForwardTimer()
+    decoder = SimpleNamespace(sampler=sampler)
+    loop = SimpleNamespace(decoder=decoder)
+    timer.model_runner = SimpleNamespace(model_state=SimpleNamespace(loop=loop))
+    timer.force_acceptance(find_chance(tokens, length))
+    forced = sampler.draw(None, plan, packed, None)
+    assert not (forced.token == mask).any()
+
+    following = packed.spread(forced.token, *plan.rows.needed.shape)[:, : plan.num_next]
+    text = read_text(canvases.table, plan, canvases.batch, facts, following)
+    assert text.length.double().mean() == pytest.approx(tokens, rel=0.03)

@@ -2,6 +2,7 @@
 """Start-up: what makes a block-diffusion checkpoint, and errors that name the key and the fix."""
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from vllm.platforms import current_platform
 
 import vllm_nbdiff
 from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.engine_options import Allowed
+
+FREEDAVE = {"algorithm": "freedave"}
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,54 @@ def test_server_wide_defaults(checkpoint: Path) -> None:
     )
     assert config.defaults.algorithm == "entropy" and config.defaults.threshold == 0.5
     assert (config.defaults.block_length, config.defaults.small_blocks) == (8, 2)
+
+
+def test_shapes_are_static_where_graphs_are(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = {
+        wanted: BlockDiffusionConfig.from_vllm_config(
+            start(checkpoint, additional_config={"nbdiff": {"static_shapes": wanted}})
+        )
+        for wanted in (True, False)
+    }
+    unset = BlockDiffusionConfig.from_vllm_config(start(checkpoint))
+    for on_cpu in (True, False):
+        monkeypatch.setattr(current_platform, "is_cpu", lambda cpu=on_cpu: cpu)
+        assert unset.static_shapes is not on_cpu
+        assert all(config.static_shapes is wanted for wanted, config in configs.items())
+
+
+def test_operators_limits(checkpoint: Path) -> None:
+    nbdiff = {"max_drafts": 2, "allow": {"modes": ["diffusion", "verify"], "options": []}}
+    engine = BlockDiffusionConfig.from_vllm_config(
+        start(checkpoint, additional_config={"nbdiff": nbdiff | FREEDAVE})
+    ).engine
+    assert engine.max_drafts == 2
+    assert engine.allow == Allowed(modes=("diffusion", "verify"), options=())
+
+
+def test_the_rust_front_end_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_RUST_FRONTEND is not supported"):
+        start(checkpoint)
+
+
+def test_installed_logits_processors_are_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would load them, and no sampler of ours would call them."""
+    entry = metadata.EntryPoint("shout", "loud.words:Shout", "vllm.logits_processors")
+    installed = metadata.entry_points
+
+    def with_one_more(**selected: str) -> Any:
+        if selected.get("group") == "vllm.logits_processors":
+            return metadata.EntryPoints([entry])
+        return installed(**selected)
+
+    monkeypatch.setattr(metadata, "entry_points", with_one_more)
+    with pytest.raises(ValueError, match=r"logits processors .* shout = loud\.words:Shout"):
+        start(checkpoint)
 
 
 def test_auto_is_refused_with_tensor_parallelism(checkpoint: Path) -> None:
@@ -122,6 +174,30 @@ def test_bad_checkpoint(checkpoint: Path, overrides: dict[str, Any], message: st
         ),
         ({"max_num_batched_tokens": 16, "max_num_seqs": 1}, "must hold one whole block"),
         ({"long_prefill_token_threshold": 16}, "--long-prefill-token-threshold"),
+        ({"additional_config": {"nbdiff": {"max_drafts": -1}}}, "max_drafts must be an integer"),
+        ({"additional_config": {"nbdiff": {"max_drafts": True}}}, "max_drafts must be an integer"),
+        (
+            {"additional_config": {"nbdiff": {"max_drafts": 1, "draft_steps": 4, **FREEDAVE}}},
+            r"nbdiff_draft_steps=4 drafts 3 .* allows 1",
+        ),
+        ({"additional_config": {"nbdiff": {"max_steps": 1 << 63}}}, "diffusion_max_steps must be"),
+        ({"additional_config": {"nbdiff": {"allow": ["ar"]}}}, "allow must be an object of modes"),
+        (
+            {"additional_config": {"nbdiff": {"allow": {"mode": ["ar"]}}}},
+            "allow must be an object of modes, algorithms, options, got key 'mode'",
+        ),
+        (
+            {"additional_config": {"nbdiff": {"allow": {"modes": ["fast"]}}}},
+            "nbdiff.allow.modes must be a list of diffusion, verify, ar, auto",
+        ),
+        (
+            {"additional_config": {"nbdiff": {"allow": {"options": "mode"}}}},
+            "nbdiff.allow.options must be a list of",
+        ),
+        ({"additional_config": {"nbdiff": {"static_shapes": 1}}}, "static_shapes must be true or"),
+        ({"additional_config": {"nbdiff": {"decoder": "host"}}}, "unknown key nbdiff.decoder"),
+        ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls is not supported"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds is not supported"),
         ({"logits_processors": ["a:B"]}, "--logits-processors is not supported"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size above 1 is not supported"),
     ],

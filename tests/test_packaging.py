@@ -63,7 +63,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["Name"] == "vllm-nbdiff"
     assert metadata["Version"] == vllm_nbdiff.__version__
     assert set(metadata.get_all("Provides-Extra", [])) == {
-        *("cpu", "cuda", "ray", "xformers", "adapt", "demo", "test")
+        *("cpu", "cuda", "ray", "adapt", "demo", "test")
     }
     # Which vLLM, and so which torch, is the user's choice of extra.
     assert all("extra ==" in line for line in metadata.get_all("Requires-Dist", []))

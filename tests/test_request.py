@@ -7,19 +7,25 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from vllm_nbdiff.config import BlockDiffusionConfig, EngineOptions
-from vllm_nbdiff.request import RequestOptions, parse_options, validate_request
+from vllm_nbdiff.admission import validate_request
+from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.engine_options import Allowed, EngineOptions
+from vllm_nbdiff.request import OptionError, RequestOptions, parse_options
+
+VOCAB, MASK = 100, 7
 
 
-def config(**defaults: Any) -> BlockDiffusionConfig:
+def config(engine: EngineOptions | None = None, **defaults: Any) -> BlockDiffusionConfig:
+    """A server with these defaults of the request options."""
+    engine = engine or EngineOptions()
     return BlockDiffusionConfig(
         model_type="llama",
         block_length=32,
-        mask_token_id=7,
-        vocab_size=100,
+        mask_token_id=MASK,
+        vocab_size=VOCAB,
         tensor_parallel_size=2,
-        defaults=RequestOptions(**defaults).resolved(),
-        engine=EngineOptions(),
+        defaults=RequestOptions(max_drafts=engine.max_drafts, **defaults).resolved(),
+        engine=engine,
     )
 
 
@@ -82,7 +88,7 @@ def test_freedave_refuses_what_it_cannot_honour(key: str, value: Any) -> None:
 def test_freedave_is_greedy() -> None:
     validate_request(SamplingParams(temperature=0, extra_args=FREEDAVE), [1], config())
     for served, extra in [(config(), FREEDAVE), (config(algorithm="freedave"), None)]:
-        with pytest.raises(VLLMValidationError, match=r"freedave .* temperature=0") as error:
+        with pytest.raises(VLLMValidationError, match=r"temperature must be 0 .*freedave") as error:
             validate_request(SamplingParams(temperature=0.5, extra_args=extra), [1], served)
         assert error.value.parameter == "temperature"
 
@@ -109,8 +115,79 @@ def test_freedave_among_the_defaults() -> None:
         config(algorithm="freedave", max_steps=8)
 
 
-def test_other_extra_args_pass() -> None:
-    assert parse_options({"kv_transfer_params": {}}, config()) == config().defaults
+def test_canvases_beside_a_requests_own_are_limited() -> None:
+    served = config(EngineOptions(max_drafts=2))
+    # The default asks for as many as there may be, a request is refused.
+    assert parse_options(FREEDAVE, served).num_drafts == 2
+    assert parse_options({**FREEDAVE, "nbdiff_draft_steps": 3}, served).num_drafts == 2
+    with pytest.raises(OptionError, match=r"draft_steps=4 drafts 3 .* allows 2") as error:
+        parse_options({**FREEDAVE, "nbdiff_draft_steps": 4}, served)
+    assert error.value.key == "nbdiff_draft_steps"
+    assert parse_options(FREEDAVE, config(EngineOptions(max_drafts=0))).num_drafts == 0
+    # By default 8, whatever the sub-blocks.
+    wide = {**FREEDAVE, "nbdiff_small_blocks": 1, "nbdiff_draft_steps": 9}
+    assert parse_options(wide, config()).num_drafts == 8
+    with pytest.raises(OptionError, match="nbdiff_draft_steps=10 drafts 9"):
+        parse_options({**wide, "nbdiff_draft_steps": 10}, config())
+    with pytest.raises(OptionError, match="nbdiff_draft_steps=4 drafts 3"):
+        config(EngineOptions(max_drafts=2), algorithm="freedave", draft_steps=4)
+
+
+def test_draft_steps_of_a_mode_do_not_leak_into_the_other() -> None:
+    served = config(EngineOptions(max_drafts=1), algorithm="freedave")
+    assert served.defaults.num_drafts == 1
+    assert parse_options({"nbdiff_mode": "verify"}, served).verify_steps == 1
+    assert (
+        parse_options({"nbdiff_mode": "verify", "nbdiff_draft_steps": 3}, served).verify_steps == 3
+    )
+
+
+def test_keys_that_vllm_reads_pass() -> None:
+    for key in ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"):
+        assert parse_options({key: {}}, config()) == config().defaults
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("threshold", "nbdiff_threshold"),
+        ("mode", "nbdiff_mode"),
+        ("max_steps", "diffusion_max_steps"),
+        ("nbdiff_treshold", "nbdiff_threshold"),
+        ("nbdiff_max_steps", "diffusion_max_steps"),
+        ("colour", None),
+        ("", None),
+        ("x" * 100_000, None),
+    ],
+)
+def test_keys_that_nobody_reads_are_refused(key: str, meant: str | None) -> None:
+    with pytest.raises(VLLMValidationError) as error:
+        validate_request(SamplingParams(extra_args={key: 0.1}), [1], config())
+    said = str(error.value)
+    assert f"unknown option {key[:64]}" in said and len(said) < 600
+    assert (error.value.parameter or "").startswith(key[:64])
+    assert (f"did you mean {meant}?" in said) if meant else ("did you mean" not in said)
+
+
+def test_what_the_operator_allows() -> None:
+    allow = Allowed(modes=("verify",), algorithms=("entropy",), options=("mode", "algorithm"))
+    served = config(EngineOptions(allow=allow))
+    for extra in (
+        {"nbdiff_mode": "verify"},
+        {"nbdiff_algorithm": "entropy"},
+        {"nbdiff_mode": "diffusion", "nbdiff_algorithm": "confidence"},  # the defaults
+    ):
+        parse_options(extra, served)
+    for key, value in [
+        ("nbdiff_mode", "ar"),
+        ("nbdiff_algorithm", "freedave"),
+        ("nbdiff_threshold", 0.5),
+    ]:
+        with pytest.raises(VLLMValidationError, match="not allowed by this server") as error:
+            validate_request(SamplingParams(extra_args={key: value}), [1], served)
+        assert error.value.parameter == key
+    only_verify = config(EngineOptions(allow=Allowed(modes=("verify",))))
+    assert parse_options({"nbdiff_threshold": 0.5}, only_verify).threshold == 0.5
 
 
 @pytest.mark.parametrize(
@@ -143,29 +220,3 @@ def test_bad_options_are_refused_by_name(key: str, value: Any) -> None:
     params = SamplingParams(extra_args={key: value})
     with pytest.raises(VLLMValidationError, match=key):
         validate_request(params, [1, 2], config())
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("logprobs", {"logprobs": 1}),
-        ("logprobs", {"logprobs": 0}),
-        ("prompt_logprobs", {"prompt_logprobs": 1}),
-    ],
-)
-def test_unsupported_parameters_are_refused_by_name(name: str, arguments: dict[str, Any]) -> None:
-    with pytest.raises(VLLMValidationError, match=name) as error:
-        validate_request(SamplingParams(**arguments), [1, 2], config())
-    assert error.value.parameter == name
-
-
-def test_only_the_mask_token_allowed() -> None:
-    with pytest.raises(VLLMValidationError, match="allowed_token_ids"):
-        validate_request(SamplingParams(allowed_token_ids=[7]), [1], config())
-    validate_request(SamplingParams(allowed_token_ids=[7, 8]), [1], config())
-
-
-def test_mask_token_in_the_prompt() -> None:
-    with pytest.raises(VLLMValidationError, match="mask token"):
-        validate_request(SamplingParams(), [1, 7, 2], config())
-    validate_request(SamplingParams(), [1, 2], config())

@@ -5,18 +5,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import triton
+from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 import vllm_nbdiff
 from vllm_nbdiff import startup
-from vllm_nbdiff.compat import ATTENTION_BACKEND
-from vllm_nbdiff.config import EngineOptions
+from vllm_nbdiff.engine_options import EngineOptions
+from vllm_nbdiff.names import ATTENTION_BACKEND
 
 
 def start(
-    monkeypatch: pytest.MonkeyPatch, backend: str | None, cpu: bool = False, **options: Any
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str | None,
+    cpu: bool = False,
+    graphs: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE,
+    **options: Any,
 ) -> str:
     """The attention backend that start-up leaves selected."""
     vllm_nbdiff.register()
@@ -24,9 +28,12 @@ def start(
     for name in ("_keep_float32_on_cpu", "_limit_cpu_kv_cache", "_preload_intel_openmp"):
         monkeypatch.setattr(startup, name, lambda *_: None)
     selected = None if backend is None else AttentionBackendEnum[backend]
-    vllm_config = SimpleNamespace(attention_config=SimpleNamespace(backend=selected))
-    decoder = options.get("decoder") or ("host" if cpu else "device")
-    config: Any = SimpleNamespace(engine=EngineOptions(**options), decoder=decoder)
+    vllm_config = SimpleNamespace(
+        attention_config=SimpleNamespace(backend=selected),
+        compilation_config=SimpleNamespace(cudagraph_mode=graphs),
+    )
+    engine = EngineOptions(**options)
+    config: Any = SimpleNamespace(engine=engine, static_shapes=engine.static_shapes is not False)
     startup.set_platform_defaults(vllm_config, config)
     return getattr(vllm_config.attention_config.backend, "name", "none")
 
@@ -34,7 +41,7 @@ def start(
 def test_ours_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start(monkeypatch, None) == "CUSTOM"
     assert AttentionBackendEnum.CUSTOM.get_path() == ATTENTION_BACKEND
-    assert start(monkeypatch, None, attention_kernel="xformers") == "CUSTOM"
+    assert start(monkeypatch, None, attention_kernel="torch") == "CUSTOM"
 
 
 def test_an_explicit_choice_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +58,14 @@ def test_what_cannot_be_honoured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         start(monkeypatch, None, cpu=True, attention_kernel="torch")
 
 
+def test_a_gpu_has_static_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="static_shapes=false needs a CPU"):
+        start(monkeypatch, None, static_shapes=False)
+    with pytest.raises(ValueError, match=r"cudagraph_mode=FULL .* FULL_AND_PIECEWISE"):
+        start(monkeypatch, None, graphs=CUDAGraphMode.FULL)
+    assert start(monkeypatch, None, graphs=CUDAGraphMode.FULL_DECODE_ONLY) == "CUSTOM"
+
+
 def test_another_plugins_attention_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_nbdiff.register()
     register_backend(AttentionBackendEnum.CUSTOM, "another.plugin.Backend")
@@ -59,11 +74,3 @@ def test_another_plugins_attention_is_not_taken_for_ours(monkeypatch: pytest.Mon
             start(monkeypatch, None)
     finally:
         register_backend(AttentionBackendEnum.CUSTOM, ATTENTION_BACKEND)
-
-
-def test_the_device_decoder_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(ValueError, match="decoder=device needs a GPU"):
-        start(monkeypatch, None, cpu=True, decoder="device")
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    start(monkeypatch, None, cpu=True, decoder="device")

@@ -33,8 +33,12 @@ def tiny_model() -> LlamaForCausalLM:
 @pytest.fixture
 def two_examples() -> list[Example]:
     return [
-        {"input_ids": [5, 6, 7, 8, 9, 10, 11, 12, 13, EOS], "prompt_length": 4},
-        {"input_ids": [20, 21, 22, 23, EOS], "prompt_length": 1},
+        {
+            "input_ids": [5, 6, 7, 8, 9, 10, 11, 12, 13, EOS],
+            "prompt_length": 4,
+            "tail_length": 0,
+        },
+        {"input_ids": [20, 21, 22, 23, EOS], "prompt_length": 1, "tail_length": 0},
     ]
 
 

@@ -15,9 +15,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
+import vllm_nbdiff
 from vllm_nbdiff.adapt.checkpoint import MASK_TOKEN, ensure_mask_token, load, mark
+from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.families.family import FAST_DLLM
 
 VOCAB = 12
 SIZES = {
@@ -76,6 +81,24 @@ def test_marked_checkpoint_names_itself(tmp_path: Path) -> None:
     assert GenerationConfig.from_pretrained(tmp_path).nbdiff_threshold == 0.8
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_block_causal_checkpoint_is_recognised_as_fast_dllm(tmp_path: Path, biased: bool) -> None:
+    """By vLLM, told nothing; its class asks `qkv_bias` for biases, which Qwen2 has."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, **SIZES)) if biased else make_model()
+    model.save_pretrained(tmp_path)
+    mark(tmp_path, tmp_path, 16, 7, {"nbdiff_threshold": 0.8}, "block-causal")
+    vllm_nbdiff.register()
+    args = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, max_model_len=128)
+    served = args.create_engine_config()
+    config = BlockDiffusionConfig.from_vllm_config(served)
+    assert config.family is FAST_DLLM
+    assert (config.block_length, config.mask_token_id) == (16, 7)
+    assert config.defaults.threshold == 0.8
+    assert served.model_config.hf_config.qkv_bias is biased
+
+
 def test_pangu_stays_pangu(tmp_path: Path) -> None:
     """Loaded as Llama with biases, every weight included, and written as what it was."""
     source, out = tmp_path / "source", tmp_path / "out"
@@ -98,10 +121,23 @@ def test_pangu_stays_pangu(tmp_path: Path) -> None:
     token = ensure_mask_token(loaded, tokenizer)
     loaded.save_pretrained(out)
     mark(out, source, 32, token)
+    with pytest.raises(ValueError, match=r"--context block-causal .* --model .*PanguEmbedded"):
+        load(source, torch.float32, context="block-causal")
     written = json.loads((out / "config.json").read_text())
     assert written["model_type"] == "PanguEmbedded" and written["bias"] is True
     assert written["rope_theta"] == config["rope_theta"] and written["vocab_size"] == VOCAB + 1
     assert "auto_map" not in written
+
+
+def test_models_that_fast_dllm_is_not_are_refused(tmp_path: Path) -> None:
+    for model in (
+        Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, head_dim=8, **SIZES)),
+        make_model(attention_bias=True),
+        make_model(mlp_bias=True),
+    ):
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"--context block-causal .* --model"):
+            load(tmp_path, torch.float32, context="block-causal")
 
 
 def test_unservable_models_are_refused(tmp_path: Path) -> None:

@@ -3,64 +3,29 @@
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from vllm_nbdiff.adapt import evaluate, problems
+from tests.adapt.command import (
+    BLOCK_LENGTH,
+    MAX_TOKENS,
+    STEPS,
+    decode,
+    engine_forwards,
+    half_right,
+    prompts,
+    write_inputs,
+)
+from vllm_nbdiff.adapt import evaluate
 from vllm_nbdiff.adapt.data import Batch
 from vllm_nbdiff.adapt.loss import _forward
-from vllm_nbdiff.reference import Generation, generate
-
-NANO = Path(__file__).parents[2] / "examples" / "nbdiff-nano"
-BLOCK_LENGTH, STEPS, MAX_TOKENS, THRESHOLD = 16, 120, 60, 0.5
-
-
-def write_inputs(folder: Path) -> list[str]:
-    """A causal checkpoint that was never trained and 600 conversations; the command's words."""
-    tokenizer = AutoTokenizer.from_pretrained(NANO)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.06,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "causal")
-    tokenizer.save_pretrained(folder / "causal")
-    with (folder / "data.jsonl").open("w") as data:
-        for problem in islice(problems.training(0), 600):
-            question = {"role": "user", "content": problem.prompt}
-            answer = {"role": "assistant", "content": problem.answer}
-            data.write(json.dumps({"messages": [question, answer]}) + "\n")
-    options = {
-        "model": folder / "causal",
-        "data": folder / "data.jsonl",
-        "out": folder / "out",
-        "block-length": BLOCK_LENGTH,
-        "batch-tokens": 1024,
-        "max-steps": STEPS,
-        "learning-rate": 1e-2,
-        "position-bias": 4,
-        "certainty-steps": 20,
-        "threshold": THRESHOLD,
-        "save-steps": 40,
-    }
-    words = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "vllm_nbdiff.adapt", *words, "--skip-engine", "--use-cpu"]
+from vllm_nbdiff.reference import generate
 
 
 @pytest.fixture(scope="module")
@@ -94,18 +59,6 @@ def llm(adapted: Path, make_llm: Callable[..., Any]) -> Any:
     return make_llm(adapted, BLOCK_LENGTH, mask, skip_tokenizer_init=False)
 
 
-def questions(count: int) -> list[list[dict[str, str]]]:
-    return [[{"role": "user", "content": p.prompt}] for p in problems.held_out(count)]
-
-
-def prompts(model_folder: Path, count: int) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    texts = tokenizer.apply_chat_template(
-        questions(count), add_generation_prompt=True, tokenize=False
-    )
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
 def test_masked_loss_falls(adapted: Path) -> None:
     summary = json.loads((adapted / "adaptation.json").read_text())
     assert summary["steps"] == STEPS
@@ -113,21 +66,6 @@ def test_masked_loss_falls(adapted: Path) -> None:
     assert summary["after"]["ar_loss"] < 0.6 * summary["before"]["ar_loss"]
     assert (adapted / "losses.png").read_bytes()[1:4] == b"PNG"
     assert len((adapted / "evaluation.jsonl").read_text().splitlines()) == 30
-
-
-def decode(folder: Path, model: LlamaForCausalLM, prompt: list[int]) -> Generation:
-    """The reference's answer at the served defaults."""
-    config = json.loads((folder / "config.json").read_text())
-    return generate(
-        model,
-        prompt,
-        max_tokens=MAX_TOKENS,
-        mask_token_id=config["mask_token_id"],
-        eos_token_ids=[config["eos_token_id"]],
-        block_length=BLOCK_LENGTH,
-        num_small_blocks=BLOCK_LENGTH // 8,
-        threshold=THRESHOLD,
-    )
 
 
 def test_engine_serves_it_at_its_defaults(adapted: Path, model: LlamaForCausalLM, llm: Any) -> None:
@@ -182,6 +120,7 @@ def test_training_forward_has_the_engines_logits(
         batch: Batch = {
             "input_ids": torch.tensor([prompt + text]),
             "prompt_padding": torch.tensor([0]),
+            "tail_length": torch.tensor([0]),
             "answer_length": torch.tensor([32]),
             "answer_columns": torch.tensor(32),
         }
@@ -214,31 +153,14 @@ def test_evaluation_counts_exact_answers_and_forwards(
     adapted: Path, model: LlamaForCausalLM, llm: Any
 ) -> None:
     """Two questions whose answers are what the model says, and two of which they are not."""
-    tokenizer = AutoTokenizer.from_pretrained(adapted)
     answers = [decode(adapted, model, prompt) for prompt in prompts(adapted, 4)]
-    asked = [
-        evaluate.Question(
-            messages,
-            tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
-            if index < 2
-            else "never said",
-        )
-        for index, (messages, answer) in enumerate(zip(questions(4), answers, strict=True))
-    ]
+    asked = half_right(adapted, answers)
     exact, tpf = evaluate.score(llm, asked, MAX_TOKENS)
     assert exact == 50
     tokens = sum(len(answer.token_ids) for answer in answers)
     assert tpf == pytest.approx(tokens / sum(engine_forwards(answer) for answer in answers))
     with pytest.raises(Exception, match="nbdiff_small_blocks"):
         evaluate.score(llm, asked, MAX_TOKENS, {"nbdiff_small_blocks": 3})
-
-
-def engine_forwards(answer: Generation) -> int:
-    """Steps and commits, but of the last block only the steps up to its last returned token."""
-    last, end = divmod(len(answer.token_ids) - 1, BLOCK_LENGTH)
-    own = [step for step in answer.steps if step.block == last]
-    needed = [i for i, step in enumerate(own, start=1) if min(step.positions) <= end]
-    return sum(step.block < last for step in answer.steps) + last + max(needed, default=1)
 
 
 def test_questions_come_from_a_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vllm_nbdiff.adapt import files
-from vllm_nbdiff.adapt.data import encode, pack, token_batches
+from vllm_nbdiff.adapt.data import Example, cut_at_block, encode, pack, token_batches
 
 WORDS = ["<pad>", "<eos>", "<user>", "<bot>", "one", "plus", "two", "three", "four"]
 TEMPLATE = (
@@ -110,6 +110,32 @@ def test_file_of_conversations_becomes_batches(
     assert words == [["three", "four", "<eos>"], ["two", "<eos>"]]
 
 
+@pytest.mark.parametrize(("prompt", "whole"), [(3, 0), (4, 4), (5, 4), (8, 8), (11, 8)])
+def test_prompts_are_cut_where_the_first_canvas_begins(prompt: int, whole: int) -> None:
+    example: Example = {"input_ids": [*range(20)], "prompt_length": prompt, "tail_length": 0}
+    assert cut_at_block(example, 4, "causal") == example
+    cut = cut_at_block(example, 4, "block-causal")
+    expected = {"prompt_length": whole, "tail_length": prompt - whole}
+    assert cut == {"input_ids": example["input_ids"], **expected}
+
+
+def test_block_causal_rows_are_whole_blocks(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Also where that makes a row longer: 5 tokens of prompt and 8 of answer fill 4 blocks of 4."""
+    path = write(tmp_path / "data.jsonl", [talk("two " * 7)])
+    for context, needed in (("causal", 13), ("block-causal", 16)):
+        options = {"block_length": 4, "context": context}
+        assert len(files.tokenize(files.read(path), tokenizer, max_length=needed, **options)) == 1
+        with pytest.raises(ValueError, match=f"needs {needed} tokens"):
+            files.tokenize(files.read(path), tokenizer, max_length=needed - 1, **options)
+    lines = files.read(write(tmp_path / "texts.jsonl", [{"text": "one two three " * 4}]))
+    for context, prompt, length in (("causal", 1, 9), ("block-causal", 0, 8)):
+        rows = files.tokenize(lines, tokenizer, 4, 11, context=context)
+        assert [len(row["input_ids"]) for row in rows] == [length, 13 - length]
+        assert {(r["prompt_length"], r["tail_length"]) for r in rows} == {(prompt, 1 - prompt)}
+
+
 def test_unusable_files_say_why(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is empty"):
         files.read(write(tmp_path / "empty.jsonl", []))
@@ -122,6 +148,9 @@ def test_unusable_files_say_why(tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
     assert len(kept) == 1
     with pytest.raises(ValueError, match="no training examples"):
         files.tokenize(lines, tokenizer, block_length=4, max_length=2, drop_long=True)
+    texts = files.read(write(tmp_path / "texts.jsonl", [{"text": "one two"}]))
+    with pytest.raises(ValueError, match="--max-length 3 holds no block of 4"):
+        files.tokenize(texts, tokenizer, block_length=4, max_length=3, context="block-causal")
     blank = files.read(write(tmp_path / "blank.jsonl", [{"text": ""}]))
     with pytest.raises(ValueError, match="no training examples"):
         files.tokenize(blank, tokenizer, block_length=4, max_length=20)

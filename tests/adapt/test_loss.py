@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses against plain transformers and against a loop over blocks."""
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from vllm_nbdiff.adapt.data import Batch, Collator, Example
-from vllm_nbdiff.adapt.loss import LossOptions, adaptation_loss, ar_loss
-from vllm_nbdiff.adapt.mask import ContextMask
+from vllm_nbdiff.adapt.data import Batch, Collator, Example, cut_at_block
+from vllm_nbdiff.adapt.loss import LossOptions, _forward, adaptation_loss, ar_loss
 from vllm_nbdiff.adapt.noise import noise_blocks
+from vllm_nbdiff.families.family import ContextMask
 from vllm_nbdiff.reference import Context
 
 PAD, EOS, MASK = 0, 1, 2  # as in conftest.py
@@ -61,43 +63,103 @@ def test_blocks_of_one_token_are_next_token_training(
     torch.testing.assert_close(ours, tiny_model.model.embed_tokens.weight.grad)
 
 
-@pytest.mark.parametrize("context_mask", ["causal", "block"])
-def test_masked_loss_is_what_decoding_sees(
-    tiny_model: LlamaForCausalLM, batch: Batch, context_mask: ContextMask
+def texts(context: ContextMask) -> list[Example]:
+    """Prompts that end inside a block of 4, in the first one or a later one, and on a block."""
+    rows: list[Example] = [
+        {
+            "input_ids": [*range(3 + number, 3 + number + prompt + answer), EOS],
+            "prompt_length": prompt,
+            "tail_length": 0,
+        }
+        for number, (prompt, answer) in enumerate([(3, 6), (4, 2), (7, 1), (8, 7), (9, 4)])
+    ]
+    return [cut_at_block(row, 4, context) for row in rows]
+
+
+def read_prompt(context: Context, prompt: list[int], block_length: int) -> torch.Tensor | None:
+    """Logits after a prompt, finished as it is served; None after no prompt."""
+    logits = None
+    piece = block_length if context.block_causal else len(prompt)
+    for start in range(0, len(prompt), max(1, piece)):
+        logits = context.append(prompt[start : start + piece])
+    return logits
+
+
+@pytest.mark.parametrize("block_length", [2, 4])
+@pytest.mark.parametrize("context_mask", get_args(ContextMask))
+def test_logits_are_what_decoding_sees(
+    tiny_model: LlamaForCausalLM, context_mask: ContextMask, block_length: int
 ) -> None:
     """Each block through the decoder's own forwards: earlier clean text in the KV cache."""
-    block_length = 4
+    batch = Collator(PAD, EOS, answer_multiple=4)([texts(context_mask)])
+    columns = int(batch["answer_columns"])
+    answer, known = batch["input_ids"][:, -columns:], batch["tail_length"]
+    noised = noise_blocks(answer, block_length, MASK, known=known).ids
+    with torch.inference_mode():
+        by_noised, by_clean = _forward(tiny_model, batch, noised, block_length, context_mask)
+    for row in range(len(answer)):
+        context = Context(tiny_model, block_causal=context_mask == "block-causal")
+        prompt = batch["input_ids"][row, batch["prompt_padding"][row] : -columns].tolist()
+        seed = read_prompt(context, prompt, block_length)
+        for start in range(0, columns, block_length):
+            block = slice(start, start + block_length)
+            if seed is not None:
+                torch.testing.assert_close(by_clean[row, start], seed)
+            logits = context.look(noised[row, block].tolist())[:-1]
+            torch.testing.assert_close(by_noised[row, block][: block_length - 1], logits)
+            seed = context.append(answer[row, block].tolist())
+
+
+@pytest.mark.parametrize("block_length", [2, 4])
+@pytest.mark.parametrize("context_mask", get_args(ContextMask))
+def test_losses_are_those_of_decoding(
+    tiny_model: LlamaForCausalLM, context_mask: ContextMask, block_length: int
+) -> None:
+    """Token by token of the answer: a seed, or a masked position of its block."""
     options = LossOptions(
         eos_padding_weight=0.25, weighting="inverse_t", ar_targets="seeds", context=context_mask
     )
+    batch = Collator(PAD, EOS, answer_multiple=4)([texts(context_mask)])
     losses = adaptation_loss(
         tiny_model, batch, block_length, MASK, options, torch.Generator().manual_seed(3)
     )
     columns = int(batch["answer_columns"])
-    answer = batch["input_ids"][:, -columns:]
-    noised = noise_blocks(answer, block_length, MASK, torch.Generator().manual_seed(3))
-    assert noised.masked.any()
-
-    total, weights = 0.0, 0.0
+    answer, tail = batch["input_ids"][:, -columns:], batch["tail_length"]
+    draws = torch.Generator().manual_seed(3)
+    noised = noise_blocks(answer, block_length, MASK, draws, known=tail)
+    total, weights, seeds = 0.0, 0.0, []
     for row in range(len(answer)):
-        context = Context(tiny_model, block_causal=context_mask == "block")
-        context.append(batch["input_ids"][row, batch["prompt_padding"][row] : -columns].tolist())
+        context = Context(tiny_model, block_causal=context_mask == "block-causal")
+        prompt = batch["input_ids"][row, batch["prompt_padding"][row] : -columns].tolist()
+        seed = read_prompt(context, prompt, block_length)
+        length = int(batch["answer_length"][row])
         for start in range(0, columns, block_length):
             logits = context.look(noised.ids[row, start : start + block_length].tolist())
-            for i in range(1, block_length):
-                column = start + i
-                if noised.masked[row, column]:
-                    loss = F.cross_entropy(logits[i - 1], answer[row, column]).item()
+            for column in range(max(start, int(tail[row])), start + block_length):
+                target = answer[row, column]
+                if column == start:
+                    if column < length:
+                        assert seed is not None
+                        seeds.append(F.cross_entropy(seed, target).item())
+                elif noised.masked[row, column]:
                     weight = 1 / noised.level[row, column].item()
-                    length = int(batch["answer_length"][row])
                     if column >= length:
-                        reached = column // block_length == (length - 1) // block_length
-                        weight *= 0.25 if reached else 0.0
-                    total += weight * loss
+                        weight *= 0.25 if start < length else 0.0
+                    total += weight * F.cross_entropy(logits[column - start - 1], target).item()
                     weights += weight
-            context.append(answer[row, start : start + block_length].tolist())
+            seed = context.append(answer[row, start : start + block_length].tolist())
+    assert weights > 0
     torch.testing.assert_close(losses.masked.item(), total / weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses.ar.item(), sum(seeds) / len(seeds), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses.total, losses.masked + 0.5 * losses.ar)
+
+
+def test_an_answer_inside_the_first_block_has_no_seed(tiny_model: LlamaForCausalLM) -> None:
+    text: Example = {"input_ids": [3, 4, 5, 6, EOS], "prompt_length": 3, "tail_length": 0}
+    batch = Collator(PAD, EOS, 8)([[cut_at_block(text, 8, "block-causal")]])
+    options = LossOptions(ar_targets="seeds", context="block-causal")
+    losses = adaptation_loss(tiny_model, batch, 8, MASK, options)
+    assert losses.ar == 0 and losses.total == losses.masked
 
 
 def test_prompt_is_no_target(tiny_model: LlamaForCausalLM, two_examples: list[Example]) -> None:
@@ -126,11 +188,11 @@ def test_seeds_are_the_only_targets_without_ar_loss(
     torch.testing.assert_close(losses.ar, total / targets)
 
 
-def test_no_clean_row_of_block_context_sees_its_target(
+def test_no_clean_row_of_block_causal_context_sees_its_target(
     tiny_model: LlamaForCausalLM, batch: Batch
 ) -> None:
     """Changing a seed changes the loss of its own prediction only through its label."""
-    options = LossOptions(ar_targets="seeds", context="block")
+    options = LossOptions(ar_targets="seeds", context="block-causal")
     changed: Batch = {**batch, "input_ids": batch["input_ids"].clone()}
     last_seed = -4  # columns: 8 answer tokens, blocks of 4
     changed["input_ids"][0, last_seed] = 30

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training mask: by its definition, as dense mask and as mask_mod, through a real model."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,14 +11,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_nbdiff.adapt.mask import (
-    PAD,
-    PROMPT,
-    ContextMask,
-    attention_mask,
-    block_numbers,
-    training_mask,
-)
+from vllm_nbdiff.adapt.data import Collator, Example, cut_at_block
+from vllm_nbdiff.adapt.mask import PAD, attention_mask, block_numbers, training_mask
+from vllm_nbdiff.families.family import ContextMask
 
 
 def dense(block: torch.Tensor, num_noised: int, context: ContextMask = "causal") -> torch.Tensor:
@@ -26,74 +23,62 @@ def dense(block: torch.Tensor, num_noised: int, context: ContextMask = "causal")
 
 
 def may_see(
-    query: int,
-    key: int,
-    padding: int,
-    num_prompt: int,
-    num_answer: int,
+    query: tuple[bool, int],
+    key: tuple[bool, int],
+    prompt: int,
     block_length: int,
-    context: str,
+    context: ContextMask,
 ) -> bool:
-    """The paper's rule for one pair of rows of [noised answer ; clean prompt and answer]."""
-
-    def describe(row: int) -> tuple[bool, int]:
-        noised = row < num_answer
-        return noised, row + num_prompt if noised else row - num_answer
-
-    def block_of(column: int) -> int:
-        return -1 if column < num_prompt else (column - num_prompt) // block_length
-
-    (query_noised, q), (key_noised, k) = describe(query), describe(key)
-    if query == key:
-        return True
-    if k < padding or q < padding:
-        return False
-    if query_noised and key_noised:
-        return block_of(q) == block_of(k)
-    if query_noised:
-        return block_of(k) < block_of(q)
+    """The rule for two tokens, each a pair (noised, position in the text)."""
+    (query_noised, q), (key_noised, k) = query, key
+    origin = prompt if context == "causal" else 0
+    begin = origin + (q - origin) // block_length * block_length
+    own_block = range(begin, begin + block_length)
     if key_noised:
-        return False
-    return k < q if context == "causal" else block_of(k) <= block_of(q)
+        return query_noised and k in own_block
+    if query_noised:
+        return k < begin
+    return k <= q if context == "causal" else k < own_block.stop
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    num_prompt=st.integers(1, 7),
-    num_answer=st.integers(0, 9),
-    block_length=st.integers(1, 5),
-    context=st.sampled_from(["causal", "block"]),
-    data=st.data(),
+    lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 9)), min_size=1, max_size=3),
+    block_length=st.sampled_from([1, 2, 4]),
+    final=st.sampled_from([4, 8]),
+    context=st.sampled_from(get_args(ContextMask)),
 )
 def test_equals_its_definition(
-    num_prompt: int,
-    num_answer: int,
-    block_length: int,
-    context: ContextMask,
-    data: st.DataObject,
+    lengths: list[tuple[int, int]], block_length: int, final: int, context: ContextMask
 ) -> None:
-    padding = data.draw(st.lists(st.integers(0, num_prompt - 1), min_size=1, max_size=3))
-    block = block_numbers(num_prompt, num_answer, block_length, torch.tensor(padding))
-    mask = dense(block, num_answer, context)
-    size = num_prompt + 2 * num_answer
-    assert mask.shape == (len(padding), 1, size, size)
-    for row, padded in enumerate(padding):
+    """For texts of so many tokens of prompt and answer, cut and padded as for training."""
+    examples: list[Example] = [
+        {"input_ids": [*range(sum(text))], "prompt_length": text[0], "tail_length": 0}
+        for text in lengths
+    ]
+    cut = [cut_at_block(example, final, context) for example in examples]
+    batch = Collator(0, 0, final)([cut])
+    num_answer, length = int(batch["answer_columns"]), batch["input_ids"].shape[1]
+    num_prompt, padding = length - num_answer, batch["prompt_padding"]
+    mask = dense(block_numbers(num_prompt, num_answer, block_length, padding), num_answer, context)
+    assert mask.shape == (len(lengths), 1, num_answer + length, num_answer + length)
+    columns = [(True, c) for c in range(num_prompt, length)] + [(False, c) for c in range(length)]
+    for row, (prompt, _) in enumerate(lengths):
+        padded = int(padding[row])
+        tokens = [(noised, column - padded) for noised, column in columns]
         expected = [
             [
-                may_see(q, k, padded, num_prompt, num_answer, block_length, context)
-                for k in range(size)
+                q == k if q[1] < 0 or k[1] < 0 else may_see(q, k, prompt, block_length, context)
+                for k in tokens
             ]
-            for q in range(size)
+            for q in tokens
         ]
         assert mask[row, 0].tolist() == expected
 
 
-def test_block_numbers_start_where_the_prompt_ends() -> None:
+def test_blocks_are_counted_from_where_the_prompt_ends() -> None:
     numbers = block_numbers(3, 5, 2, torch.tensor([0, 2]))
-    assert numbers.tolist() == [
-        [PROMPT, PROMPT, PROMPT, 0, 0, 1, 1, 2],
-        [PAD, PAD, PROMPT, 0, 0, 1, 1, 2],
-    ]
+    assert numbers.tolist() == [[-2, -1, -1, 0, 0, 1, 1, 2], [PAD, PAD, -1, 0, 0, 1, 1, 2]]
 
 
 def test_flex_attention_takes_the_same_function() -> None:
@@ -129,7 +114,7 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("context", ["causal", "block"])
+@pytest.mark.parametrize("context", get_args(ContextMask))
 def test_a_changed_token_reaches_exactly_the_rows_that_may_see_it(
     model: LlamaForCausalLM, context: ContextMask
 ) -> None:

@@ -20,13 +20,16 @@ MASK = 99
     block_length=st.integers(1, 16),
     seed=st.integers(0, 10_000),
     bias=st.sampled_from([0.0, 8.0]),
+    known=st.lists(st.integers(0, 40), min_size=3, max_size=3),
 )
-def test_only_mask_tokens_are_written_and_never_over_a_seed(
-    length: int, block_length: int, seed: int, bias: float
+def test_only_mask_tokens_are_written_and_never_over_what_is_known(
+    length: int, block_length: int, seed: int, bias: float, known: list[int]
 ) -> None:
+    """Known are the seeds, and the beginning of each row."""
     generator = torch.Generator().manual_seed(seed)
     answer = torch.randint(0, MASK, (3, length), generator=generator)
-    noised = noise_blocks(answer, block_length, MASK, generator, bias)
+    noised = noise_blocks(answer, block_length, MASK, generator, bias, torch.tensor(known))
+    assert not any(noised.masked[row, :number].any() for row, number in enumerate(known))
     assert torch.equal(noised.ids == MASK, noised.masked)
     assert torch.equal(noised.ids[~noised.masked], answer[~noised.masked])
     assert not noised.masked[:, ::block_length].any()
@@ -114,7 +117,9 @@ def test_certainty_loss_belongs_to_the_last_stage() -> None:
         ({"ar_weight": -1}, "ar_weight"),
         ({"certainty_weight": -0.1}, "certainty_weight"),
         ({"weighting": "cosine"}, "weighting"),
-        ({"context": "block"}, "seeds"),
+        ({"context": "block"}, "context must be"),
+        ({"context": "block-causal"}, "seeds"),
+        ({"context": "block-causal", "ar_targets": "seeds", "ar_weight": 0}, "ar_weight"),
     ],
 )
 def test_loss_options_name_a_bad_value(options: dict[str, Any], message: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain-transformers decoder against token ids of the original NBDiff code."""
+"""The plain-transformers decoder against token ids of the original NBDiff and Fast-dLLM code."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from vllm_nbdiff.reference import (
     Generation,
@@ -57,6 +57,34 @@ def test_matches_original_code(model: LlamaForCausalLM, case: dict[str, Any]) ->
     result = decode(model, case)
     assert result.token_ids == case["expected"]
     assert result.forwards == case["forwards"]
+
+
+@pytest.fixture(scope="module")
+def fast_dllm() -> Qwen2ForCausalLM:
+    folder = GOLDEN / "fast_dllm_v2" / "tiny_a"
+    keys = json.loads((folder / "config.json").read_text()) | {"model_type": "qwen2"}
+    config = Qwen2Config(**keys, attn_implementation="sdpa")
+    return Qwen2ForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+
+
+def test_block_causal_matches_the_code_of_fast_dllm(fast_dllm: Qwen2ForCausalLM) -> None:
+    cases = json.loads((GOLDEN / "fast_dllm_v2" / "golden.json").read_text())["cases"]
+    cases = [case for case in cases if not case["block_cache"]]
+    for case in cases:
+        result = generate(
+            fast_dllm,
+            case["prompt"],
+            max_tokens=len(case["expected"]),
+            mask_token_id=fast_dllm.config.mask_token_id,
+            eos_token_ids=[case["eos_token_id"]],
+            block_length=case["block_length"],
+            num_small_blocks=case["small_blocks"],
+            threshold=case["threshold"],
+            block_causal=True,
+        )
+        assert result.token_ids == case["expected"], name(case)
+    ends = {len(case["prompt"]) % case["block_length"] > 0 for case in cases}
+    assert ends == {True, False} and any(len(c["prompt"]) < c["block_length"] for c in cases)
 
 
 def test_every_position_but_the_seed_is_filled_once(model: LlamaForCausalLM) -> None:

@@ -23,7 +23,10 @@ BLOCK_LENGTH = 8
 def counting(number: int) -> list[Example]:
     """Answers that count up from the prompt's only token."""
     starts = [3 + i % 20 for i in range(number)]
-    return [{"input_ids": [*range(start, start + 12), EOS], "prompt_length": 1} for start in starts]
+    return [
+        {"input_ids": [*range(start, start + 12), EOS], "prompt_length": 1, "tail_length": 0}
+        for start in starts
+    ]
 
 
 def trainer(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small random checkpoints of every backbone, with the same weights for transformers."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,26 +16,39 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
-from tests.interpreter import CANVAS_KERNELS, ROW_KERNELS, interpret_kernels, use_references
+from tests.interpreter import interpret_kernels
 from vllm_nbdiff.compat import ATTENTION_BACKEND
+from vllm_nbdiff.engine.scheduler import NBDiffAsyncScheduler
 
 
-@pytest.fixture
-def device_references() -> Iterator[None]:
-    """Device decoding by the kernels' references, to which `tests/kernels` holds every kernel."""
-    interpret_kernels()
-    from vllm_nbdiff.engine import device
+@pytest.fixture(scope="session")
+def make_async_llm(make_llm: Callable[..., Any]) -> Callable[..., Any]:
+    """`make_llm` with two batches in flight; vLLM turns asynchronous scheduling off on CPU."""
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        use_references(monkeypatch, device, *ROW_KERNELS, *CANVAS_KERNELS)
-        yield
+    def make(*args: Any, **kwargs: Any) -> Any:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+            def check(cls: Any, vllm_config: Any) -> None:
+                original(cls, vllm_config)
+                vllm_config.scheduler_config.async_scheduling = True
+
+            monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check))
+            llm = make_llm(*args, **kwargs)
+        core = llm.llm_engine.engine_core.engine_core
+        assert isinstance(core.scheduler, NBDiffAsyncScheduler)
+        assert core.batch_queue is not None
+        return llm
+
+    return make
 
 
-@pytest.fixture(scope="module")
-def own_attention() -> Iterator[None]:
+@contextlib.contextmanager
+def plugins_attention() -> Iterator[None]:
     """The plugin's attention on CPU, whose platform asks for `CPU_ATTN` whatever is selected."""
     interpret_kernels()
     # vLLM remembers which backend it gave to which configuration.
@@ -43,6 +57,13 @@ def own_attention() -> Iterator[None]:
     yield
     AttentionBackendEnum.CPU_ATTN.clear_override()
     _cached_get_attn_backend.cache_clear()
+
+
+@pytest.fixture
+def own_attention() -> Iterator[None]:
+    """It, for one test."""
+    with plugins_attention():
+        yield
 
 
 CONFIGS: dict[str, type] = {

@@ -5,16 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from vllm.platforms.cpu import CpuPlatform
+from vllm import SamplingParams
 
-from tests.conftest import tokens_of
-from tests.engine.test_device import every_request, generate
+from tests.conftest import counter, tokens_of
 from tests.engine.test_golden import request_of
-from vllm_nbdiff.engine.scheduler import NBDiffAsyncScheduler
+from tests.engine.test_static_shapes import every_request, generate
 
-pytestmark = pytest.mark.usefixtures("device_references")
-
-SIZES: dict[str, Any] = {"block_length": 8, "max_num_batched_tokens": 96, "max_model_len": 256}
+SIZES: dict[str, Any] = {"block_length": 8, "max_num_batched_tokens": 160, "max_model_len": 256}
 
 
 @pytest.fixture(scope="module")
@@ -22,31 +19,16 @@ def synchronous(golden_checkpoint: Any, make_llm: Callable[..., Any]) -> Iterato
     yield make_llm(golden_checkpoint, **SIZES)
 
 
-@pytest.fixture(scope="module", params=["device", "host"])
+@pytest.fixture(scope="module", params=[True, False], ids=["static", "dynamic"])
 def engine(
     request: Any,
     synchronous: Any,
     golden_checkpoint: Any,
-    make_llm: Callable[..., Any],
+    make_async_llm: Callable[..., Any],
 ) -> Iterator[Any]:
-    """An engine with two batches in flight.
-
-    vLLM turns async scheduling off on CPU.
-    """
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
-
-        def check(cls: Any, vllm_config: Any) -> None:
-            original(cls, vllm_config)
-            vllm_config.scheduler_config.async_scheduling = True
-
-        monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check))
-        additional = {"nbdiff": {"decoder": request.param, "max_steps_per_schedule": 1}}
-        llm = make_llm(golden_checkpoint, additional_config=additional, **SIZES)
-        core = llm.llm_engine.engine_core.engine_core
-        assert isinstance(core.scheduler, NBDiffAsyncScheduler)
-        assert core.batch_queue is not None
-        yield llm
+    """An engine with two batches in flight."""
+    nbdiff = {"static_shapes": request.param}
+    yield make_async_llm(golden_checkpoint, additional_config={"nbdiff": nbdiff}, **SIZES)
 
 
 def test_golden(engine: Any, golden_cases: list[dict[str, Any]]) -> None:
@@ -65,9 +47,22 @@ def test_every_option(engine: Any, synchronous: Any) -> None:
 
 
 def test_text_ends_at_the_models_length(engine: Any) -> None:
-    (prompt, params, _), *_ = every_request()
+    (prompt, params), *_ = every_request()
     params.max_tokens = 64
     for room in (1, 5, 8, 13, 20):
         prompt = {"prompt_token_ids": [(3 * j) % 500 for j in range(256 - room)]}
         text = tokens_of(engine.generate([prompt], params, use_tqdm=False))[0]
         assert len(text) == room
+
+
+def test_one_token_costs_no_block(engine: Any) -> None:
+    """A request that wants its seed alone ends in its first forward; one more may be in flight."""
+    name = "vllm:diffusion_num_denoising_steps"
+    before = counter(engine, name)
+    for extra in ({}, {"nbdiff_mode": "verify"}, {"nbdiff_mode": "ar"}):
+        params = SamplingParams(
+            temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, extra_args=extra or None
+        )
+        outputs = engine.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
+        assert [len(text) for text in tokens_of(outputs)] == [1]
+    assert counter(engine, name) - before <= 3 * 2

@@ -13,26 +13,23 @@ from tests.interpreter import interpret_kernels
 
 interpret_kernels()
 
-from vllm_nbdiff.kernels.canvas_advance import canvas_advance  # noqa: E402
-
-from vllm_nbdiff.engine import device  # noqa: E402
+from vllm_nbdiff.decoding import draws  # noqa: E402
 from vllm_nbdiff.engine.attention import (  # noqa: E402
     SegmentAttentionBackend,
     SegmentAttentionImpl,
 )
 
 
-@pytest.mark.parametrize("decoder", ["host", "device"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_golden_in_pytorch(
     own_attention: None,
-    decoder: str,
+    static: bool,
     golden_checkpoint: Any,
     golden_cases: list[dict[str, Any]],
     make_llm: Callable[..., Any],
-    device_references: None,
 ) -> None:
     """Chunked prefill, prefix cache, commits and denoise steps mixed in one batch."""
-    nbdiff = {"decoder": decoder, "attention_kernel": "torch"}
+    nbdiff = {"static_shapes": static, "attention_kernel": "torch"}
     llm = make_llm(
         golden_checkpoint,
         block_length=8,
@@ -50,10 +47,12 @@ def test_golden_in_pytorch(
 
 
 def test_every_kernel_interpreted(
-    own_attention: None, make_checkpoint: Callable[..., Any], make_llm: Callable[..., Any]
+    own_attention: None,
+    make_checkpoint: Callable[..., Any],
+    make_llm: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Attention, KV write, row statistics, draws and canvases, as on a GPU but for its speed."""
-    assert device.canvas_advance is canvas_advance  # no reference in its place
+    """Attention, KV write, row statistics and draws, as on a GPU but for its speed."""
     folder, _ = make_checkpoint("llama", seed=4)
     sizes: dict[str, Any] = {"block_length": 4, "mask": 159, "max_model_len": 64, "block_size": 16}
     requests = [
@@ -71,12 +70,11 @@ def test_every_kernel_interpreted(
     ]  # fmt: skip
     engines = [
         make_llm(folder, additional_config={"nbdiff": nbdiff}, **sizes)
-        for nbdiff in ({"decoder": "device"}, {"decoder": "host", "attention_kernel": "torch"})
+        for nbdiff in ({"static_shapes": True}, {"attention_kernel": "torch"})
     ]
-    interpreted, expected = (
-        tokens_of(llm.generate(prompts, params, use_tqdm=False)) for llm in engines
-    )
-    assert interpreted == expected
+    expected = tokens_of(engines[1].generate(prompts, params, use_tqdm=False))
+    monkeypatch.setattr(draws, "has_kernels", lambda logits: True)
+    assert tokens_of(engines[0].generate(prompts, params, use_tqdm=False)) == expected
 
 
 def test_fp8_cache(

@@ -7,15 +7,12 @@ import pytest
 from vllm_nbdiff.engine.auto import CostModel, WidthChooser
 
 
-def chooser(seconds_of_row: float, monkeypatch: pytest.MonkeyPatch) -> WidthChooser:
-    """One whose forwards take 1 ms and so much more a row."""
-    now = [0.0]
-
-    def run(rows: int) -> None:
-        now[0] += 1e-3 + seconds_of_row * rows
-
-    monkeypatch.setattr("vllm_nbdiff.engine.auto.perf_counter", lambda: now[0])
-    return WidthChooser(CostModel(run), max_width=32, max_forwards=16)
+def chooser(seconds_of_row: float) -> WidthChooser:
+    """One that has seen some forwards of each kind, which take 1 ms and so much more a row."""
+    cost = CostModel()
+    for rows in 20 * (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048):
+        cost.observe(rows, 1e-3 + seconds_of_row * rows)
+    return WidthChooser(cost, max_width=32, max_forwards=16)
 
 
 def serve(chosen: WidthChooser, chance: float, requests: int, drafts: int = 400) -> list[int]:
@@ -35,27 +32,27 @@ def most_common(widths: list[int]) -> int:
     return max(set(widths), key=widths.count)
 
 
-def test_free_rows_draft_as_much_as_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert most_common(serve(chooser(0.0, monkeypatch), 0.97, 1)) == 32
+def test_free_rows_draft_as_much_as_is_right() -> None:
+    assert most_common(serve(chooser(0.0), 0.97, 1)) == 32
 
 
-def test_dear_rows_decode_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dear_rows_decode_one_token() -> None:
     """With many requests; with few, where rows hardly cost, the same engine drafts again."""
-    chosen = chooser(1e-4, monkeypatch)
+    chosen = chooser(1e-4)
     assert most_common(serve(chosen, 0.9, 64)) == 1
     assert most_common(serve(chosen, 0.95, 1)) > 1
 
 
-def test_wrong_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = chooser(1e-5, monkeypatch)
+def test_wrong_drafts_are_given_up() -> None:
+    chosen = chooser(1e-5)
     assert most_common(serve(chosen, 0.95, 4)) > 1
     assert most_common(serve(chosen, 0.1, 4)) == 1
     assert most_common(serve(chosen, 0.95, 4, drafts=2000)) > 1
 
 
-def test_a_busy_machine_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_machine_changes_no_choice() -> None:
     """Forwards of the chosen width that take three times as long say nothing about this width."""
-    chosen = chooser(1e-5, monkeypatch)
+    chosen = chooser(1e-5)
     width = most_common(serve(chosen, 0.9, 4))
     assert width > 1
     rows = 4 * width
@@ -65,8 +62,8 @@ def test_a_busy_machine_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> No
     assert most_common(serve(chosen, 0.9, 4)) == width
 
 
-def test_a_width_that_is_slow_for_long_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = chooser(1e-5, monkeypatch)
+def test_a_width_that_is_slow_for_long_is_left() -> None:
+    chosen = chooser(1e-5)
     width = most_common(serve(chosen, 0.9, 4))
     for _ in range(200):
         chosen.observe_forward(4 * width, 8e-3, 8e-3)
@@ -74,9 +71,19 @@ def test_a_width_that_is_slow_for_long_is_left(monkeypatch: pytest.MonkeyPatch) 
     assert most_common(serve(chosen, 0.9, 4)) != width
 
 
-def test_cost_follows_what_forwards_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = chooser(1e-5, monkeypatch).cost
-    assert cost.seconds(300) == pytest.approx(4e-3)
+def test_the_first_forwards_say_what_they_take() -> None:
+    """Before others were seen, dearer ones and cheaper ones are expected to differ less."""
+    cost = CostModel()
+    cost.observe(16, 4e-3)
+    assert cost.seconds(16) == pytest.approx(4e-3)
+    assert 4e-3 < cost.seconds(64) < 16e-3 and 0.25e-3 < cost.seconds(1) < 4e-3
+    cost.observe(64, 20e-3)
+    assert cost.seconds(64) == pytest.approx(20e-3, rel=0.05)
+
+
+def test_cost_follows_what_forwards_take() -> None:
+    cost = chooser(1e-5).cost
+    assert cost.seconds(300) == pytest.approx(4e-3, rel=0.05)
     for _ in range(300):
         for rows in (8, 64, 512, 1024):
             cost.observe(rows, 3e-3 + 2e-5 * rows)

@@ -20,21 +20,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.7, "threshold": 1.0, "small_blocks": 1},
     "top_p": {"temperature": 1.0, "top_p": 0.8, "threshold": 0.5, "small_blocks": 1},
     "top_k": {"temperature": 1.2, "top_k": 3, "threshold": 0.6, "small_blocks": 2},
+    "both": {"temperature": 1.3, "top_k": 3, "top_p": 0.8, "threshold": 0.6, "small_blocks": 1},
 }
 
 
 def distribution(logits: torch.Tensor, settings: dict[str, Any]) -> list[float]:
-    """softmax(top_k(top_p(logits / T))) without the mask token, in float64."""
+    """softmax(top_p(top_k(logits / T))) without the mask token, in float64."""
     logits = logits.double().clone()
     logits[MASK] = -torch.inf
     probs = (logits / settings["temperature"]).softmax(-1)
-    order = probs.argsort(descending=True)
-    before = probs[order].cumsum(0) - probs[order]
-    rank = torch.arange(VOCAB)
-    kept = order[(before <= settings.get("top_p", 1)) & (rank < settings.get("top_k", VOCAB))]
-    result = torch.zeros_like(probs)
-    result[kept] = probs[kept]
-    return (result / result.sum()).tolist()
+    best, order = probs.sort(descending=True)
+    best[settings.get("top_k", VOCAB) :] = 0
+    best /= best.sum()
+    best[best.cumsum(0) - best >= settings.get("top_p", 1)] = 0
+    return (torch.zeros_like(probs).scatter(0, order, best) / best.sum()).tolist()
 
 
 def enumerate_blocks(model: Any, settings: dict[str, Any]) -> dict[tuple[int, ...], float]:
@@ -77,12 +76,20 @@ def served(make_checkpoint: Callable[..., Any], make_llm: Callable[..., Any]) ->
     return llm, model
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_block_frequencies(served: tuple[Any, Any], name: str) -> None:
-    llm, model = served
-    settings = SETTINGS[name]
-    exact = enumerate_blocks(model, settings)
-    assert abs(sum(exact.values()) - 1) < 1e-9
+def enumerate_texts(model: Any, settings: dict[str, Any]) -> dict[tuple[int, ...], float]:
+    """Probability of every text of LENGTH tokens after PROMPT, one token after the other."""
+    texts: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(LENGTH):
+        following = {}
+        for text, weight in texts.items():
+            chances = distribution(Context(model).append([*PROMPT, *text]), settings)
+            following |= {(*text, t): weight * p for t, p in enumerate(chances) if p > 0}
+        texts = following
+    return texts
+
+
+def draw(llm: Any, settings: dict[str, Any], **options: Any) -> list[Any]:
+    """DRAWS texts of LENGTH tokens after PROMPT."""
     params = SamplingParams(
         n=DRAWS // 20,
         max_tokens=LENGTH,
@@ -91,13 +98,29 @@ def test_block_frequencies(served: tuple[Any, Any], name: str) -> None:
         temperature=settings["temperature"],
         top_p=settings.get("top_p", 1.0),
         top_k=settings.get("top_k", 0),
-        extra_args={
-            "nbdiff_threshold": settings["threshold"],
-            "nbdiff_small_blocks": settings["small_blocks"],
-        },
+        extra_args={f"nbdiff_{name}": value for name, value in options.items()},
     )
-    outputs = llm.generate([{"prompt_token_ids": PROMPT}] * 20, params, use_tqdm=False)
-    assert_follows(outputs, exact)
+    return llm.generate([{"prompt_token_ids": PROMPT}] * 20, params, use_tqdm=False)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_block_frequencies(served: tuple[Any, Any], name: str) -> None:
+    llm, model = served
+    settings = SETTINGS[name]
+    exact = enumerate_blocks(model, settings)
+    assert abs(sum(exact.values()) - 1) < 1e-9
+    options = {key: settings[key] for key in ("threshold", "small_blocks")}
+    assert_follows(draw(llm, settings, **options), exact)
+
+
+@pytest.mark.parametrize("mode", ["ar", "verify"])
+def test_text_frequencies(served: tuple[Any, Any], mode: str) -> None:
+    """The modes that keep the autoregressive distribution, with the filters in vLLM's order:
+    top_p first would give other texts too."""
+    llm, model = served
+    exact = enumerate_texts(model, SETTINGS["both"])
+    assert abs(sum(exact.values()) - 1) < 1e-9
+    assert_follows(draw(llm, SETTINGS["both"], mode=mode), exact)
 
 
 def test_seeded_requests_do_not_depend_on_their_batch(served: tuple[Any, Any]) -> None:

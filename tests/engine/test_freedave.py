@@ -6,14 +6,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from vllm import SamplingParams
 
 from tests.conftest import MASK, counter, options, tokens_of
 from tests.engine.test_golden import request_of
 from tests.engine.test_modes import LOSSLESS
-from vllm_nbdiff.engine.segments import PagedBatch, SegmentForward, Segments
+from vllm_nbdiff.engine.forward import Forward, PagedBatch
 from vllm_nbdiff.reference import Context, Sampling
 
 FORWARDS = "vllm:diffusion_num_denoising_steps"
@@ -27,7 +26,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "block_size": 32,
         "additional_config": {"nbdiff": {"max_steps_per_schedule": 1}},
     },
-    "asynchronous": {"block_size": 64, "async_scheduling": True},
+    "asynchronous": {"block_size": 64},
     # Too few pages for all requests: some are preempted and computed again.
     "preempted": {"max_model_len": 352, "num_gpu_blocks_override": 16, "block_size": 32},
 }
@@ -38,11 +37,14 @@ def separate_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No two rows of a forward write the same KV, and the forward is not too large."""
     forward = PagedBatch.forward
 
-    def checked(self: PagedBatch, segments: Segments, input_ids: np.ndarray) -> SegmentForward:
-        result = forward(self, segments, input_ids)
+    def checked(self: PagedBatch, *args: Any) -> Forward | None:
+        result = forward(self, *args)
+        if result is None:
+            return None
         for slots in result.slot_mapping.values():
-            assert len(set(slots.tolist())) == len(input_ids)
-        assert len(input_ids) <= self.vllm_config.scheduler_config.max_num_batched_tokens
+            assert len(set(slots.tolist())) == len(result.input_ids)
+        most = self.vllm_config.scheduler_config.max_num_batched_tokens
+        assert len(result.input_ids) <= most
         return result
 
     monkeypatch.setattr(PagedBatch, "forward", checked)
@@ -72,9 +74,11 @@ def test_text_of_the_reference_code(
     golden_cases: list[dict[str, Any]],
     golden_checkpoint: Path,
     make_llm: Callable[..., Any],
+    make_async_llm: Callable[..., Any],
 ) -> None:
     """In one batch with other algorithms and modes, twice."""
-    llm = make_llm(golden_checkpoint, block_length=32, **ENGINES[name])
+    make = make_async_llm if name == "asynchronous" else make_llm
+    llm = make(golden_checkpoint, block_length=32, **ENGINES[name])
     cases = [case for case in golden_cases if case["block_length"] == 32]
     prompts, requests, expected = [], [], []
     for case, steps in product(cases, STEPS):

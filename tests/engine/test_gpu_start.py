@@ -5,36 +5,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
 
 from tests.conftest import tokens_of
+from tests.engine.conftest import plugins_attention
 from tests.engine.test_golden import request_of
 from vllm_nbdiff.engine.model_state import NBDiffModelState
 
-pytestmark = pytest.mark.usefixtures("device_references")
-
 
 @pytest.fixture(scope="module")
-def llm(
-    golden_checkpoint: Any,
-    make_llm: Callable[..., Any],
-    own_attention: None,
-) -> Iterator[Any]:
-    nbdiff = {"decoder": "device", "attention_kernel": "torch"}
-    yield make_llm(
-        golden_checkpoint, block_length=8, max_num_seqs=6, additional_config={"nbdiff": nbdiff}
-    )
-
-
-@pytest.fixture(autouse=True)
-def no_prompt_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what warm-up requests ask for, the one that vLLM computes with a kernel of its own."""
-    params = SamplingParams.for_sampler_warmup()
-    params.prompt_logprobs = None
-    monkeypatch.setattr(SamplingParams, "for_sampler_warmup", lambda: params)
+def llm(golden_checkpoint: Any, make_llm: Callable[..., Any]) -> Iterator[Any]:
+    nbdiff = {"static_shapes": True, "attention_kernel": "torch"}
+    with plugins_attention():
+        yield make_llm(
+            golden_checkpoint, block_length=8, max_num_seqs=6, additional_config={"nbdiff": nbdiff}
+        )
 
 
 def worker_of(llm: Any) -> Any:

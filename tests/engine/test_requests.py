@@ -8,6 +8,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from vllm_nbdiff.engine import constraints
 from vllm_nbdiff.reference import generate
 
 VOCAB, MASK, LENGTH, MAX_LEN = 160, 159, 8, 96
@@ -79,7 +80,7 @@ def test_logit_bias_and_allowed_token_ids(served: tuple[Any, Any]) -> None:
 
 
 def test_repetition_penalty_sees_prompt_output_and_canvas(served: tuple[Any, Any]) -> None:
-    tokens = list(run(served[0], repetition_penalty=1000.0).token_ids)
+    tokens = list(run(served[0], repetition_penalty=100.0).token_ids)
     plain = list(run(served[0]).token_ids)
     assert len(set(plain)) < len(plain)
     assert len(set(tokens)) == len(tokens) and not set(tokens) & set(PROMPT)
@@ -151,10 +152,41 @@ def test_bad_requests_are_refused_and_the_engine_lives_on(served: tuple[Any, Any
         ({"extra_args": {"nbdiff_block_length": 16}}, "nbdiff_block_length"),
         ({"extra_args": {"nbdiff_small_blocks": 3}}, "nbdiff_small_blocks"),
         ({"extra_args": {"nbdiff_speed": 1}}, "nbdiff_speed"),
-        ({"logprobs": 2}, "logprobs"),
+        ({"logprobs": 2000}, "logprobs"),
     ]:
         with pytest.raises(VLLMValidationError, match=name):
             run(llm, **arguments)
     with pytest.raises(VLLMValidationError, match="mask token"):
         run(llm, [1, MASK, 2])
     assert list(run(llm).token_ids) == before
+
+
+def test_penalties_are_computed_in_pieces(
+    served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few rows fit in one, the text is the same, and not that without them."""
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2}
+    whole = run(served[0], **penalties).token_ids
+    monkeypatch.setattr(constraints, "_CHUNK", 1)
+    assert run(served[0], **penalties).token_ids == whole != run(served[0]).token_ids
+
+
+def test_a_schedule_ends_in_time(served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forward begins after a schedule's time: then the scheduler sees who came and who left."""
+    llm = served[0]
+    core = llm.llm_engine.engine_core.engine_core
+    loop = core.model_executor.driver_worker.worker.model_runner.model_state.loop
+    schedule, count = core.scheduler.schedule, []
+    monkeypatch.setattr(core.scheduler, "schedule", lambda *a: count.append(1) or schedule(*a))
+
+    def schedules() -> tuple[float, Any]:
+        """Forwards beyond one a schedule, and the text."""
+        count.clear()
+        before, tokens = forwards(llm), run(llm).token_ids
+        return (forwards(llm) - before) - len(count), tokens
+
+    most, tokens = schedules()
+    monkeypatch.setattr(loop, "seconds_per_schedule", 0.0)
+    least, same = schedules()
+    # A prompt's schedule has no forward of a canvas.
+    assert most > 0 >= least and same == tokens

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from vllm_nbdiff.kernels.kv_scales import KVScales
-from vllm_nbdiff.kernels.segment_attention import segment_attention, segment_attention_reference
+from vllm_nbdiff.kernels.segment_attention import segment_attention
+from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 
 UNTOUCHED = 7.0

@@ -94,75 +94,20 @@ def launch_rows(dtype: torch.dtype) -> None:
     from vllm_nbdiff.kernels.row_sample import row_sample
     from vllm_nbdiff.kernels.row_statistics import row_statistics
 
-    logits, bias = torch.zeros(4, 153376, dtype=dtype), torch.zeros(153376)
-    seed = torch.zeros(4, dtype=torch.int64)
+    logits, draw = torch.zeros(4, 153376, dtype=dtype), torch.zeros(4, dtype=torch.float64)
     temperature, needed = torch.ones(4), torch.ones(4, dtype=torch.int32)
     row_statistics(logits)
-    row_statistics(logits, temperature=temperature, bias=bias, needed=needed)
-    row_sample(logits, seed=seed, position=seed, step=needed)
+    row_statistics(logits, temperature=temperature, banned_id=1, needed=needed)
+    row_sample(logits, draw=draw)
     row_sample(
         logits,
-        seed=seed,
-        position=seed,
-        step=needed,
+        draw=draw,
         temperature=temperature,
-        bias=bias,
+        banned_id=1,
         needed=needed,
-        top_k=needed,
+        top_k=needed.long(),
         top_p=temperature,
         min_p=temperature,
-    )
-
-
-def launch_canvas_state() -> None:
-    from vllm_nbdiff.kernels.canvas_advance import canvas_advance
-    from vllm_nbdiff.kernels.canvas_rows import canvas_rows
-    from vllm_nbdiff.kernels.canvas_table import CanvasTable, ScheduledBatch
-
-    columns = torch.ones(7, 4, dtype=torch.int32)
-    table = CanvasTable(torch.zeros(4, 32, dtype=torch.int64), *columns)
-    start = torch.arange(5, dtype=torch.int32) * 32
-    batch = ScheduledBatch(torch.arange(4), columns[0] * 2, start, columns[0] * 40)
-    limits = {"mask_token_id": 1, "max_model_len": 4096}
-    rows = canvas_rows(table, batch, num_rows=8, **limits)
-    token, probability = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(4, 8)
-    canvas_advance(table, batch, rows, token, probability, columns[1], **limits)
-
-
-def launch_canvas_update() -> None:
-    from vllm_nbdiff.kernels.canvas_update import canvas_update
-
-    canvas, values = torch.zeros(4, 32, dtype=torch.int32), torch.zeros(4, 32)
-    integers, floats = torch.zeros(4, dtype=torch.int32), torch.zeros(4)
-    canvas_update(
-        canvas,
-        canvas,
-        values,
-        values,
-        values,
-        mask_token_id=1,
-        eos_token_ids=torch.tensor([2], dtype=torch.int32),
-        rule=integers,
-        parameter=floats,
-        sub_block_length=integers + 8,
-        active=integers,
-    )
-    rows = torch.zeros(2, 8)
-    canvas_update(
-        canvas.long(),
-        rows.int(),
-        rows,
-        rows,
-        rows,
-        mask_token_id=1,
-        eos_token_ids=torch.empty(0, dtype=torch.int32),
-        rule=integers,
-        parameter=floats,
-        sub_block_length=integers + 8,
-        active=torch.ones(2, dtype=torch.bool),
-        slot=torch.arange(2),
-        quota=torch.ones(2, dtype=torch.int32),
-        compact=True,
     )
 
 
@@ -173,8 +118,6 @@ def main() -> None:
         launch_attention(dtype, dtype)
         launch_rows(dtype)
     launch_attention(torch.bfloat16, torch.float8_e4m3fn)
-    launch_canvas_state()
-    launch_canvas_update()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the kernels on CPU in Triton's interpreter, on memory that is poisoned when allocated."""
+"""Runs the kernels on memory that is poisoned when allocated: on CPU in Triton's interpreter, or on
+the device that NBDIFF_KERNELS_ON names.
+"""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +13,13 @@ from torch import Tensor
 
 from tests.interpreter import interpret_kernels
 
-interpret_kernels()
+DEVICE = torch.device(os.environ.get("NBDIFF_KERNELS_ON", "cpu"))
+collect_ignore: list[str] = []
+if DEVICE.type == "cpu":
+    interpret_kernels()
+else:
+    # About commands, which interpret the kernels.
+    collect_ignore += ["test_kernel_benchmark.py", "test_step_benchmark.py"]
 
 INTEGER_POISON = -1_000_003
 
@@ -23,6 +32,12 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return tensor if tensor.dtype == torch.bool else tensor.fill_(INTEGER_POISON)
 
     return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    with DEVICE:
+        yield
 
 
 @pytest.fixture(autouse=True)

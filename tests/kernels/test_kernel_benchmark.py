@@ -19,7 +19,7 @@ CONTENDERS = {
     "write_kv": {"ours", "index_copy_"},
     "row_statistics": {"ours", "eager fp32"},
     "row_sample": {"ours", "ours, top-p 0.9", "eager fp32 multinomial"},
-    "canvas_update": {"ours"},
+    "decisions": {"ours"},
 }
 
 

@@ -16,12 +16,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = torch.finfo(torch.float32).eps
 
 
-def keys(rows: int) -> dict[str, Tensor]:
-    return {
-        "seed": torch.randint(-(2**63), 2**63 - 1, (rows,)),
-        "position": torch.randint(0, 2**31, (rows,)),
-        "step": torch.randint(0, 64, (rows,), dtype=torch.int32),
-    }
+def draws(rows: int) -> Tensor:
+    return torch.rand(rows, dtype=torch.float64)
 
 
 def random_filters(rows: int) -> dict[str, Tensor]:
@@ -36,25 +32,26 @@ def random_filters(rows: int) -> dict[str, Tensor]:
 
 def assert_draws_match(logits: Tensor, **options: Any) -> None:
     """Tokens equal the reference's unless the uniform lies on a step of the CDF within fp32's
-    error of it; probabilities agree to that error.
+    error of it; statistics agree to that error.
 
     A weight 2^d carries the rounding of d, |d| eps, on top of a few eps of its own.
     """
-    drawn = keys(len(logits))
-    ours = row_sample(logits, **drawn, **options)
-    exact = row_sample_reference(logits, **drawn, **options)
+    draw = draws(len(logits))
+    ours = row_sample(logits, draw=draw, **options)
+    exact = row_sample_reference(logits, draw=draw, **options)
     temperature = options.get("temperature")
     spread = logits.float().nan_to_num(neginf=0).abs().amax(dim=1) * 2 + 8
     if temperature is not None:
-        spread = spread / torch.where(temperature < 1e-5, 1.0, temperature)
+        spread = spread / temperature
     tolerance = 4 * EPS * spread
     same = ours.token == exact.token
     assert ((ours.probability - exact.probability).abs() <= tolerance)[same].all()
+    assert ((ours.margin - exact.margin).abs() <= tolerance).all()
+    assert ((ours.entropy - exact.entropy).abs() <= tolerance * (1 + exact.entropy)).all()
     p = filtered_probabilities_reference(logits, **options)
-    draws = uniform(**drawn)
     for row in (~same).nonzero()[:, 0].tolist():
         step = p[row].cumsum(dim=0)[min(ours.token[row], exact.token[row])]
-        assert abs(step - draws[row]) <= tolerance[row]
+        assert abs(step - draw[row]) <= tolerance[row]
     assert same.double().mean() > 0.99
 
 
@@ -76,32 +73,57 @@ def test_draws_with_filters_over_several_tiles() -> None:
 
 
 def test_draws_with_everything() -> None:
-    temperature = torch.rand(400) * 2
-    temperature[::5] = 0
+    temperature = torch.rand(400) * 2 + 0.05
     logits = (torch.randn(400, 61) * 3).bfloat16()
     logits[:, ::4] = -torch.inf
-    bias = torch.randn(61)
-    bias[5] = -torch.inf
-    assert_draws_match(logits, temperature=temperature, bias=bias, **random_filters(400))
+    assert_draws_match(logits, temperature=temperature, banned_id=5, **random_filters(400))
 
 
-def test_ties_pass_or_fail_together() -> None:
-    logits = torch.tensor([[1.0, 2.0, 2.0, 0.0, -0.0, 2.0]]).repeat(600, 1)
-    top_k = torch.full((600,), 2, dtype=torch.int32)
-    drawn = row_sample(logits, **keys(600), top_k=top_k)
-    assert set(drawn.token.tolist()) == {1, 2, 5}
-    torch.testing.assert_close(drawn.probability, torch.full((600,), 1 / 3))
-    top_k.fill_(5)
-    assert set(row_sample(logits, **keys(600), top_k=top_k).token.tolist()) == {0, 1, 2, 3, 4, 5}
+def support(logits: Tensor, **filters: float) -> set[int]:
+    """Tokens that one row gives, each with the same probability."""
+    n = 12
+    draw = torch.arange(n, dtype=torch.float64).add(0.5).div(n)
+    dtypes = {"top_k": torch.int32}
+    columns = {name: torch.full((n,), v, dtype=dtypes.get(name)) for name, v in filters.items()}
+    drawn = row_sample(logits.repeat(n, 1), draw=draw, **columns)
+    tokens = set(drawn.token.tolist())
+    torch.testing.assert_close(drawn.probability, torch.full((n,), 1 / len(tokens)))
+    return tokens
 
 
-@pytest.mark.parametrize("vocab", [50, 3 * TILE])
-def test_greedy_rows_ignore_filters(vocab: int) -> None:
-    logits = torch.randn(8, vocab)
-    drawn = row_sample(logits, **keys(8), temperature=torch.zeros(8), **random_filters(8))
-    p, token = logits.double().softmax(dim=-1).max(dim=-1)
-    assert torch.equal(drawn.token, token.int())
-    torch.testing.assert_close(drawn.probability, p.float())
+def test_ties() -> None:
+    """top_k keeps all that equal the k-th; top_p as many as its mass asks for, the first ones."""
+    logits = torch.tensor([[1.0, 2.0, 2.0, -9.0, 2.0, 2.0]])
+    assert support(logits, top_k=2) == {1, 2, 4, 5}
+    assert support(logits, top_p=0.6) == {1, 2, 4}
+    assert support(logits, top_p=0.3) == {1, 2}
+    assert support(logits, top_p=0.1) == {1}
+    zeros = torch.tensor([[0.0, -0.0, 0.0, -0.0]])
+    assert support(zeros, top_k=1) == {0, 1, 2, 3}
+    assert support(zeros, top_p=0.5) == {0, 1}
+
+
+def test_ties_over_several_tiles() -> None:
+    logits = torch.full((1, 2 * TILE + 5), -30.0, dtype=torch.bfloat16)
+    logits[0, [7, TILE + 1, TILE + 2, 2 * TILE + 3]] = 1.0
+    assert support(logits, top_p=0.7) == {7, TILE + 1, TILE + 2}
+
+
+def test_each_filter_judges_what_the_one_before_it_left() -> None:
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    one = torch.ones(1)
+    for filters, expected in (
+        ({"top_k": 2 * one.int(), "top_p": 0.55 * one}, [1.0, 0, 0, 0]),  # 0.4 / 0.7 > 0.55
+        ({"top_k": 3 * one.int(), "top_p": 0.8 * one}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"min_p": 0.7 * one, "top_p": 0.55 * one}, [1.0, 0, 0, 0]),
+        ({"top_p": 0.55 * one}, [4 / 7, 3 / 7, 0, 0]),
+    ):
+        reference = filtered_probabilities_reference(p.log()[None], **filters)[0]
+        torch.testing.assert_close(reference.float(), torch.tensor(expected))
+        for draw in (0.0, 0.5, 0.999):
+            options = {"draw": torch.tensor([draw], dtype=torch.float64), **filters}
+            drawn = row_sample(p.log()[None], **options)
+            torch.testing.assert_close(drawn.probability[0], torch.tensor(expected)[drawn.token[0]])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool], ids=str)
@@ -110,28 +132,45 @@ def test_rows_that_are_not_needed(dtype: torch.dtype) -> None:
     logits = torch.randn(5, TILE)[:, :37]
     for block in (logits, torch.randn(5, TILE)):
         needed = torch.tensor([0, 1, 0, 0, 1]).to(dtype)
-        drawn = keys(5)
-        everything = row_sample(block, **drawn)
-        ours = row_sample(block.where(needed[:, None] != 0, torch.nan), **drawn, needed=needed)
+        draw = draws(5)
+        everything = row_sample(block, draw=draw)
+        ours = row_sample(block.where(needed[:, None] != 0, torch.nan), draw=draw, needed=needed)
         kept = needed != 0
         assert torch.equal(ours.token, everything.token.where(kept, -1))
-        assert torch.equal(ours.probability, everything.probability.where(kept, 0.0))
-        none = row_sample(block, **drawn, needed=torch.zeros_like(needed))
-        assert (none.token == -1).all() and (none.probability == 0).all()
+        for mine, all_rows in zip(ours[1:], everything[1:], strict=True):
+            assert torch.equal(mine, all_rows.where(kept, 0.0))
+        none = row_sample(block, draw=draw, needed=torch.zeros_like(needed))
+        assert (none.token == -1).all() and all((field == 0).all() for field in none[1:])
 
 
-def test_a_row_without_tokens() -> None:
-    logits = torch.full((2, 9), -torch.inf)
-    logits[1, 4] = 0.0
-    drawn = row_sample(logits, **keys(2))
-    assert drawn.token.tolist() == [-1, 4] and drawn.probability.tolist() == [0, 1]
+@pytest.mark.parametrize("filtered", [False, True])
+def test_rows_without_a_distribution(filtered: bool) -> None:
+    """NaN of either sign, +inf or nothing but -inf give token 0 and the least confidence."""
+    logits = torch.randn(6, 9)
+    logits[0] = -torch.inf
+    logits[1, 3] = torch.nan
+    logits[2, 3] = -torch.tensor(torch.nan)
+    logits[3, 3] = torch.inf
+    logits[4] = -torch.inf
+    logits[4, 4] = 0.0
+    logits[5] = -torch.inf
+    logits[5, 8] = 0.0
+    filters = {"top_k": torch.full((6,), 3), "top_p": torch.full((6,), 0.9)} if filtered else {}
+    drawn = row_sample(logits, draw=draws(6), banned_id=8, **filters)
+    assert drawn.token.tolist() == [0, 0, 0, 0, 4, 0]
+    assert drawn.probability.tolist() == [0, 0, 0, 0, 1, 0]
+    assert drawn.margin.tolist() == [0, 0, 0, 0, 1, 0]
+    assert drawn.entropy.tolist() == [torch.inf] * 4 + [0, torch.inf]
+    expected = row_sample_reference(logits, draw=draws(6), banned_id=8, **filters)
+    for field, reference in zip(drawn, expected, strict=True):
+        assert torch.equal(field, reference)
 
 
 def test_a_draw_depends_on_its_own_row_alone() -> None:
-    logits, drawn = torch.randn(40, 23), keys(40)
-    together = row_sample(logits, **drawn)
+    logits, draw = torch.randn(40, 23), draws(40)
+    together = row_sample(logits, draw=draw)
     order = torch.randperm(40)[:17]
-    apart = row_sample(logits[order], **{name: key[order] for name, key in drawn.items()})
+    apart = row_sample(logits[order], draw=draw[order])
     assert torch.equal(apart.token, together.token[order])
 
 
@@ -150,9 +189,7 @@ def test_distribution_by_chi_square(filtered: bool, monkeypatch: pytest.MonkeyPa
         options["min_p"] = torch.full((DRAWS,), 0.005)
     drawn = row_sample(
         logits.expand(DRAWS, VOCAB),
-        seed=torch.full((DRAWS,), 1234),
-        position=torch.arange(DRAWS),
-        step=torch.zeros(DRAWS, dtype=torch.int32),
+        draw=uniform(torch.full((DRAWS,), 1234), torch.arange(DRAWS), torch.zeros(DRAWS).long()),
         **options,
     )
     one_row = {name: option[:1] for name, option in options.items()}
@@ -172,13 +209,12 @@ def test_wrong_arguments_are_named() -> None:
     logits = torch.zeros(3, 8)
     bad = {
         "logits": logits.long(),
-        "seed": torch.zeros(3, dtype=torch.int32),
-        "position": torch.zeros(2, dtype=torch.int64),
-        "step": torch.zeros(3, dtype=torch.int64),
+        "draw": torch.zeros(3),
+        "banned_id": 8,
         "top_k": torch.ones(3),
         "top_p": torch.ones(4),
         "min_p": torch.ones(3, dtype=torch.float64),
     }
     for argument, wrong in bad.items():
         with pytest.raises(ValueError, match=f"^{argument}: "):
-            row_sample(**{"logits": logits, **keys(3), argument: wrong})
+            row_sample(**{"logits": logits, "draw": draws(3), argument: wrong})

@@ -59,29 +59,40 @@ def test_rows_cut_into_parts(processors: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_temperature_and_bias(dtype: torch.dtype) -> None:
+def test_temperature_and_ban(dtype: torch.dtype) -> None:
     logits = random_logits(5, 5003, dtype)
     temperature = torch.tensor([1.0, 0.0, 0.1, 2.0, 0.7])
     assert_as_good_as_fp32(logits, temperature=temperature)
-    assert_as_good_as_fp32(logits, bias=torch.randn(5003))
-    assert_as_good_as_fp32(logits, bias=torch.randn(5, 5003), temperature=temperature)
+    best = int(logits[2].argmax())
+    assert_as_good_as_fp32(logits, banned_id=best, temperature=temperature)
 
 
 def test_banned_tokens() -> None:
-    """-inf in the logits or in the bias, in runs longer than a tile, up to all tokens but one."""
+    """-inf in the logits or banned by id, in runs longer than a tile, up to all tokens but one."""
     logits = random_logits(4, 3 * TILE)
     logits[0, : 2 * TILE] = -torch.inf
     logits[1, 1:] = -torch.inf
     logits[2, ::2] = -torch.inf
-    bias = torch.zeros(3 * TILE)
-    bias[logits[3].argmax()] = -torch.inf
-    ours = assert_as_good_as_fp32(logits, bias=bias)
+    banned = int(logits[3].argmax())
+    ours = assert_as_good_as_fp32(logits, banned_id=banned)
+    assert ours.token[3] != banned
     assert ours.token[1] == 0 and ours.probability[1] == 1 and ours.entropy[1] == 0
 
 
-def test_a_row_without_tokens() -> None:
-    ours = row_statistics(torch.full((1, 300), -torch.inf))
-    assert [float(field) for field in ours] == [-1, 0, 0, 0, -math.inf]
+def test_rows_without_a_distribution() -> None:
+    """NaN of either sign, +inf or nothing but -inf give token 0 and the least confidence."""
+    logits = torch.randn(5, 300)
+    logits[0] = -torch.inf
+    logits[1, 7] = torch.nan
+    logits[2, 7] = -torch.tensor(torch.nan)
+    logits[3, 7] = torch.inf
+    logits[4] = -torch.inf
+    logits[4, 9] = 1.0
+    ours = row_statistics(logits, banned_id=9)
+    for row in zip(*ours, strict=True):
+        assert [float(field) for field in row] == [0, 0, math.inf, 0, -math.inf]
+    for field, reference in zip(ours, row_statistics_reference(logits, banned_id=9), strict=True):
+        assert torch.equal(field, reference.to(field.dtype))
 
 
 def test_ties_take_the_first_and_have_no_margin() -> None:
@@ -127,7 +138,7 @@ def test_wrong_arguments_are_named() -> None:
     bad = {
         "logits": logits.double(),
         "temperature": torch.ones(2),
-        "bias": torch.zeros(9),
+        "banned_id": -1,
         "needed": torch.ones(3),
     }
     for argument, wrong in bad.items():

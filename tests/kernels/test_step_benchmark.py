@@ -16,11 +16,10 @@ from benchmarks.step_model import (
     Step,
     Weights,
     bytes_to_move,
-    check,
     random_batch,
     random_weights,
-    reference_step,
 )
+from benchmarks.step_reference import check, reference_step
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_the_best_token_of_the_active_sub_block_is_filled(weights: Weights) -> N
     assert p.max() < 0.9
     best = p.view(3, -1).argmax(dim=-1)
     expected = batch.canvas.clone()
-    expected[range(3), TOY.sub_block + best] = token.view(3, -1)[range(3), best].int()
+    expected[range(3), TOY.sub_block + best] = token.view(3, -1)[range(3), best]
     assert torch.equal(result.canvas, expected)
     assert (result.canvas == MASK).sum(dim=-1).tolist() == [3] * 3
 
@@ -73,9 +72,9 @@ def test_command_on_toy_shapes(
 ) -> None:
     arguments = ["--toy", "--layers", "1", "--requests", "2", "--contexts", "0", "17"]
     monkeypatch.setattr(sys, "argv", ["step", *arguments, "--save", "toy"])
-    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path)
     # The real one imports vLLM, which takes a quarter of a minute.
-    monkeypatch.setattr("benchmarks.report.provenance", lambda settings, module: settings)
+    monkeypatch.setattr("benchmarks.report._provenance", lambda settings, module: settings)
     command.main()
     lines = capsys.readouterr().out.splitlines()
     table = [line.split("\t") for line in lines if not line.startswith("#")]

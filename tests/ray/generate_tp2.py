@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints, as JSON, the tokens of golden cases with tensor parallel 2 on one executor.
 
-python generate_tp2.py {mp,ray} {host,device} CHECKPOINT < requests.json
+python generate_tp2.py {mp,ray} {dynamic,static} CHECKPOINT HF_OVERRIDES < requests.json
 """
 
 import json
@@ -11,8 +11,8 @@ from vllm import LLM, SamplingParams
 
 
 def main() -> None:
-    """Read requests, `{"prompt": ids, "max_tokens": n, "extra_args": {...}}` each, and answer."""
-    executor, decoder, checkpoint = sys.argv[1:]
+    """Read requests, `{"prompt": ids, "params": {...}}` each, and answer."""
+    executor, shapes, checkpoint, overrides = sys.argv[1:]
     requests = json.load(sys.stdin)
     if executor == "ray":
         import ray
@@ -23,28 +23,16 @@ def main() -> None:
         tensor_parallel_size=2,
         distributed_executor_backend=executor,
         skip_tokenizer_init=True,
-        hf_overrides={
-            "architectures": ["NBDiffForCausalLM"],
-            "block_length": 8,
-            "mask_token_id": 511,
-        },
+        hf_overrides=json.loads(overrides),
         dtype="float32",
         enforce_eager=True,
         max_model_len=512,
         kv_cache_memory_bytes=64 << 20,
-        additional_config={"nbdiff": {"decoder": decoder}},
+        additional_config={"nbdiff": {"static_shapes": shapes == "static"}},
     )
     outputs = llm.generate(
         [{"prompt_token_ids": request["prompt"]} for request in requests],
-        [
-            SamplingParams(
-                temperature=0,
-                max_tokens=request["max_tokens"],
-                detokenize=False,
-                extra_args=request["extra_args"],
-            )
-            for request in requests
-        ],
+        [SamplingParams(**request["params"]) for request in requests],
         use_tqdm=False,
     )
     print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))

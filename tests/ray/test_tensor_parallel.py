@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import GOLDEN
+from tests.families.test_golden import cases_of
+from tests.families.test_golden import request_of as family_request_of
+
 HERE = Path(__file__).parent
 ALGORITHMS = {"origin": "confidence", "confidence_threshold": "confidence", "entropy": "entropy"}
 BLOCK_LENGTH = 8
@@ -33,45 +37,27 @@ def platform_plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def request_of(case: dict[str, Any]) -> dict[str, Any]:
-    """One golden case for `generate_tp2.py`."""
+    """One of NBDiff's golden cases for `generate_tp2.py`."""
     has_threshold = case["algorithm"] == "confidence_threshold"
-    return {
-        "prompt": case["prompt"],
-        "max_tokens": 32,
-        "extra_args": {
-            "nbdiff_algorithm": ALGORITHMS[case["algorithm"]],
-            "nbdiff_threshold": case["threshold"] if has_threshold else 1.0,
-            "nbdiff_small_blocks": case["small_blocks"],
-        },
+    options = {
+        "nbdiff_algorithm": ALGORITHMS[case["algorithm"]],
+        "nbdiff_threshold": case["threshold"] if has_threshold else 1.0,
+        "nbdiff_small_blocks": case["small_blocks"],
     }
+    params = {"temperature": 0, "max_tokens": 32, "detokenize": False, "extra_args": options}
+    return {"prompt": case["prompt"], "params": params}
 
 
-@pytest.mark.parametrize(
-    ("executor", "decoder"), [("mp", "host"), ("ray", "host"), ("mp", "device")]
-)
-def test_golden_with_two_workers(
-    executor: str,
-    decoder: str,
-    platform_plugin: str,
-    golden_checkpoint: Path,
-    golden_cases: list[dict[str, Any]],
-) -> None:
-    cases = [case for case in golden_cases if case["block_length"] == BLOCK_LENGTH]
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # By default each worker wants cores of its own, which a small machine does not have.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    if executor == "ray":
-        environment["PYTHONPATH"] = platform_plugin
-    if decoder == "device":  # kernels in Triton's interpreter, which takes its time
-        environment["TRITON_INTERPRET"] = "1"
-        cases = cases[::10]
+def generate(
+    arguments: list[str], requests: list[dict[str, Any]], **environment: str
+) -> tuple[list[list[int]], str]:
+    """Tokens of the requests and what was logged, from `generate_tp2.py ARGUMENTS`."""
+    # By default each worker wants cores of its own, which a small machine does not have.
+    nobind = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     run = subprocess.run(
-        [sys.executable, str(HERE / "generate_tp2.py"), executor, decoder, str(golden_checkpoint)],
-        input=json.dumps([request_of(case) for case in cases]),
-        env=environment,
+        [sys.executable, str(HERE / "generate_tp2.py"), *arguments],
+        input=json.dumps(requests),
+        env={**os.environ, **nobind, **environment},
         capture_output=True,
         text=True,
         timeout=900,
@@ -79,5 +65,47 @@ def test_golden_with_two_workers(
     )
     answers = [line for line in run.stdout.splitlines() if line.startswith("[[")]
     assert run.returncode == 0 and len(answers) == 1, run.stdout[-3000:] + run.stderr[-3000:]
-    assert json.loads(answers[0]) == [case["expected"] for case in cases]
-    assert ("Started a local Ray instance" in run.stderr) == (executor == "ray")
+    return json.loads(answers[0]), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("executor", "shapes"), [("mp", "dynamic"), ("ray", "dynamic"), ("mp", "static")]
+)
+def test_golden_with_two_workers(
+    executor: str,
+    shapes: str,
+    platform_plugin: str,
+    golden_checkpoint: Path,
+    golden_cases: list[dict[str, Any]],
+) -> None:
+    cases = [case for case in golden_cases if case["block_length"] == BLOCK_LENGTH]
+    overrides = {
+        "architectures": ["NBDiffForCausalLM"],
+        "block_length": BLOCK_LENGTH,
+        "mask_token_id": 511,
+    }
+    tokens, log = generate(
+        [executor, shapes, str(golden_checkpoint), json.dumps(overrides)],
+        [request_of(case) for case in cases],
+        **({"PYTHONPATH": platform_plugin} if executor == "ray" else {}),
+    )
+    assert tokens == [case["expected"] for case in cases]
+    assert ("Started a local Ray instance" in log) == (executor == "ray")
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada2"])
+def test_families_with_two_workers(family: str) -> None:
+    """One with dense layers and one with experts."""
+    cases = cases_of(family, BLOCK_LENGTH)
+    requests = []
+    for prompt, params in map(family_request_of, cases):
+        names = ("temperature", "max_tokens", "stop_token_ids", "ignore_eos", "extra_args")
+        keys = {name: getattr(params, name) for name in names}
+        requests.append(
+            {"prompt": prompt["prompt_token_ids"], "params": keys | {"detokenize": False}}
+        )
+    tokens, _ = generate(
+        ["mp", "dynamic", str(GOLDEN / family / "tiny_a"), f'{{"block_length": {BLOCK_LENGTH}}}'],
+        requests,
+    )
+    assert tokens == [case["expected"] for case in cases]

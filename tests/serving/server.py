@@ -78,7 +78,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(log: Path) -> Iterator[Server]:
+def serve(log: Path, *flags: str) -> Iterator[Server]:
     """Start a server on the bundled checkpoint, ready to answer, and end it on the way out."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -88,6 +88,7 @@ def serve(log: Path) -> Iterator[Server]:
         *("serve", str(MODEL), "--served-model-name", NAME),
         *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
         *(f"--{key.replace('_', '-')}={value}" for key, value in ENGINE.items()),
+        *flags,
     ]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

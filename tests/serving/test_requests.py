@@ -77,10 +77,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no steps": ({"vllm_xargs": {"diffusion_max_steps": 0}}, "diffusion_max_steps"),
     "block too long": ({"vllm_xargs": {"nbdiff_block_length": 64}}, "nbdiff_block_length"),
     "not divisible": ({"vllm_xargs": {"nbdiff_small_blocks": 5}}, "nbdiff_small_blocks"),
-    "logprobs": ({"logprobs": 1}, "logprobs"),
-    "prompt logprobs": ({"prompt_logprobs": 1}, "prompt_logprobs"),
-    "structured output": ({"structured_outputs": {"choice": ["a", "b"]}}, "structured_outputs"),
-    "response format": ({"response_format": {"type": "json_object"}}, "structured_outputs"),
+    "logprobs": ({"logprobs": 2000}, "logprobs"),
+    "prompt logprobs": ({"prompt_logprobs": 2000}, "prompt_logprobs"),
+    "grammar": ({"structured_outputs": {"grammar": "root ::= ("}}, "structured_outputs"),
+    "schema": ({"structured_outputs": {"json": {"type": "what"}}}, "structured_outputs"),
+    "grammar with freedave": (
+        {
+            "structured_outputs": {"choice": ["a", "b"]},
+            "vllm_xargs": {"nbdiff_algorithm": "freedave"},
+        },
+        "structured_outputs",
+    ),
     "mask token as text": ({"prompt": f"Fill {MASK_TOKEN} in"}, "mask token"),
     "mask token as id": ({"prompt": [5, 2, 7]}, "mask token"),
     "prompt too long": ({"prompt": [5] * 600}, "512"),
@@ -109,7 +116,7 @@ def test_streams_are_refused_before_they_start(client: openai.OpenAI, ask: Any) 
 
 def test_chat_refuses_by_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="logprobs"):
-        chat(client, logprobs=True, top_logprobs=2)
+        chat(client, logprobs=True, top_logprobs=2000)
     with pytest.raises(openai.BadRequestError, match="mask token"):
         client.chat.completions.create(
             model=NAME, messages=[{"role": "user", "content": f"Fill {MASK_TOKEN} in"}]

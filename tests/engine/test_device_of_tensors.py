@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every tensor of a step is on the model's device, and no value of it is read.
+
+The device is PyTorch's `meta`, whose tensors have no values and do not mix with those of a CPU.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.conftest import options
+from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.decoding.canvas import CanvasTable
+from vllm_nbdiff.decoding.rows import token_rows
+from vllm_nbdiff.decoding.sampling import Drawn
+from vllm_nbdiff.engine import sampler
+from vllm_nbdiff.engine.constraints import ConstraintTable
+from vllm_nbdiff.engine.decoder import Decoder
+from vllm_nbdiff.engine.options import OptionTable
+from vllm_nbdiff.engine.sampler import RowSampler
+from vllm_nbdiff.engine.schedule import ScheduleReader
+from vllm_nbdiff.engine_options import EngineOptions
+from vllm_nbdiff.request import RequestOptions
+
+VOCAB, LENGTH = 64, 8
+KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (options(), {}),
+    (options(mode="verify"), {"temperature": 0.7, "top_k": 5}),
+    (options(mode="ar"), {"frequency_penalty": 0.5, "min_tokens": 3, "stop_token_ids": [4]}),
+    (options(fused_commit=1), {}),
+    (options(block_cache=1, small_blocks=2), {"allowed_token_ids": [1, 2], "logit_bias": {1: 2}}),
+    (options(algorithm="freedave"), {"repetition_penalty": 1.3}),
+    (options(algorithm="entropy_bound"), {"bad_words": ["x"]}),
+]
+
+
+def draw_rows(logits: torch.Tensor, *_: Any) -> Drawn:
+    """What kernels give, by shape."""
+    real = torch.zeros(len(logits), device=logits.device)
+    return Drawn(real.long(), real, real)
+
+
+def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "draw_rows", draw_rows)
+    device = torch.device("meta")
+    config = BlockDiffusionConfig(
+        model_type="llama",
+        block_length=LENGTH,
+        mask_token_id=VOCAB - 1,
+        vocab_size=VOCAB,
+        tensor_parallel_size=1,
+        defaults=RequestOptions(block_length=LENGTH).resolved(),
+        engine=EngineOptions(static_shapes=True),
+    )
+    count = len(KINDS) + 1  # the last one computes a prompt
+    table = CanvasTable(count, LENGTH, VOCAB, device)
+    option_table = OptionTable(config, count, 256, 512, 0, device)
+    text = torch.zeros(count, 256, dtype=torch.int32, device=device)
+    constraints = ConstraintTable(count, VOCAB, text)
+    for slot, (extra, arguments) in enumerate([*KINDS, ({}, {})]):
+        words = (arguments := dict(arguments)).pop("bad_words", None)
+        params = SamplingParams(max_tokens=50, extra_args=extra, **{"temperature": 0, **arguments})
+        if words:
+            params._bad_words_token_ids = [[3], [4, 5]]
+        constrained = constraints.add_request(slot, params, 20)
+        option_table.add_request(slot, params, 20, constrained)
+        table.set_stops(slot, torch.tensor([3, 40]))
+    option_table.upload()
+
+    rows = np.full(count, 3 * LENGTH)
+    runner: Any = SimpleNamespace(
+        num_reqs=count,
+        idx_mapping_np=np.arange(count),
+        num_scheduled_tokens=rows,
+        num_draft_tokens_per_req=np.where(np.arange(count) < count - 1, rows, 0),
+        num_computed_prefill_tokens_np=np.zeros(count, np.int64),
+        prefill_len_np=np.full(count, 20),
+        num_computed_tokens_np=np.full(count, 20),
+    )
+    lookahead = np.zeros(count + 1, np.int64)
+    reader = ScheduleReader(option_table, table, text, lookahead, True, 512, device)
+    schedule = reader.read(runner, 16)
+    decoder = Decoder(table, option_table, RowSampler(constraints, VOCAB - 1))
+    decoder.begin(schedule)
+    plan = decoder.plan()
+    starts = torch.arange(count + 1, device=device, dtype=torch.int32) * 3 * LENGTH
+    laid_out = token_rows(plan.segments, (starts, int(rows.sum())))
+    prompt = torch.zeros(len(laid_out.owner), dtype=torch.int64, device=device)
+    ids = laid_out.tokens(plan.segments, prompt, schedule.batch.decodes)
+    needed = decoder.logits_rows(starts)
+    assert len(needed) == count * schedule.facts.rows
+    decoder.decide(torch.zeros(len(needed), VOCAB, dtype=torch.bfloat16, device=device))
+    decoder.end()
+    counts = decoder.tally.columns(schedule.batch.decodes)
+    results = (ids, needed, decoder.emitted.tokens, decoder.emitted.count, counts)
+    assert all(tensor.device == device for tensor in (*results, table.tokens, table.fields))

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured output: exact in lossless modes, legal in all of them, nothing to its neighbours."""
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.conftest import counter, in_process, options, tokens_of
+from tests.engine.grammar_cases import is_valid, random_constraint
+from vllm_nbdiff.adapt import problems
+from vllm_nbdiff.engine.grammars import Matcher
+
+NANO = Path(__file__).parents[2] / "examples" / "nbdiff-nano"
+MASK = 2
+PROMPTS = [f"<|user|>{problem.prompt}<|assistant|>" for problem in problems.held_out(24)]
+LOSSLESS = [
+    options(mode="ar"),
+    options(mode="verify"),
+    options(mode="verify", draft_length=6, draft_steps=3),
+    options(mode="verify", draft_length=8, fused_commit=1),
+    options(mode="auto"),
+]
+DIFFUSION = [
+    {},
+    options(threshold=0.3, small_blocks=1),
+    options(algorithm="entropy", block_length=8, small_blocks=1),
+    options(block_cache=1),
+    {"diffusion_max_steps": 3},
+    options(algorithm="margin", fused_commit=1),
+]
+# Without it this model writes line breaks for ever.
+COMPACT = {"backend": "xgrammar", "disable_any_whitespace": True}
+ENGINES: dict[str, dict[str, Any]] = {
+    "chunked": {"max_num_batched_tokens": 64},
+    "preempted": {"max_model_len": 352, "num_gpu_blocks_override": 14, "block_size": 32},
+    "one forward": {"additional_config": {"nbdiff": {"max_steps_per_schedule": 1}}},
+    "static": {"additional_config": {"nbdiff": {"static_shapes": True}}},
+    "async": {},
+    "async static": {"additional_config": {"nbdiff": {"static_shapes": True}}},
+    "guidance": {"structured_outputs_config": {**COMPACT, "backend": "guidance"}},
+}
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    common = {"skip_tokenizer_init": False, "structured_outputs_config": COMPACT}
+    return common | {"kv_cache_memory_bytes": 1 << 27} | more
+
+
+def start(name: str, make_llm: Any, make_async_llm: Any) -> Any:
+    make = make_async_llm if name.startswith("async") else make_llm
+    return make(NANO, block_length=32, mask=MASK, **settings(**ENGINES[name]))
+
+
+CONSTRAINTS = [random_constraint(Random(seed)) for seed in range(24)]
+
+
+def params(constraint: dict[str, Any] | None, **more: Any) -> SamplingParams:
+    wanted = None if constraint is None else StructuredOutputsParams(**constraint)
+    return SamplingParams(structured_outputs=wanted, **{"temperature": 0, "max_tokens": 60} | more)
+
+
+def generate(llm: Any, requests: list[tuple[str, SamplingParams]]) -> list[Any]:
+    prompts, own = zip(*requests, strict=True)
+    return llm.generate(list(prompts), [one.clone() for one in own], use_tqdm=False)
+
+
+# Beside a grammar; greedy.
+BESIDE: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.4},
+    {"min_tokens": 3, "stop_token_ids": [70, 71, 72]},
+    {"bad_words": ["Fri", "In", "1"]},
+    {"logit_bias": {11: 4.0, 20: -5.0}, "frequency_penalty": 0.5},
+    {"ignore_eos": True, "max_tokens": 40},
+]
+
+
+def greedy_requests() -> list[tuple[str, SamplingParams]]:
+    return [
+        (prompt, params(constraint, **BESIDE[i // 2 % len(BESIDE)]))
+        for i, (prompt, constraint) in enumerate(zip(PROMPTS, CONSTRAINTS, strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def stock_texts() -> dict[str, list[Any]]:
+    """What stock vLLM gives for `greedy_requests`, decoding the same weights autoregressively."""
+    from vllm import LLM
+
+    texts = {}
+    for backend in ("xgrammar", "guidance"):
+        gc.collect()
+        with in_process():
+            llm = LLM(
+                model=str(NANO),
+                hf_overrides={"architectures": ["LlamaForCausalLM"]},
+                dtype="float32",
+                enforce_eager=True,
+                max_model_len=512,
+                **settings(structured_outputs_config={**COMPACT, "backend": backend}),
+            )
+        requests = greedy_requests()
+        for _, own in requests:
+            own.allowed_token_ids = [token for token in range(616) if token != MASK]
+        texts[backend] = endings(generate(llm, requests))
+        del llm
+    gc.collect()
+    return texts
+
+
+def endings(outputs: list[Any]) -> list[Any]:
+    """Tokens and how they ended; of what ended with an error no tokens are kept."""
+    ends = [output.outputs[0] for output in outputs]
+    return [
+        (end.finish_reason, [] if end.finish_reason == "error" else list(end.token_ids))
+        for end in ends
+    ]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(
+    request: Any,
+    stock_texts: Any,  # first: an engine that ends takes process groups along
+    make_llm: Callable[..., Any],
+    make_async_llm: Callable[..., Any],
+) -> Iterator[tuple[str, Any]]:
+    yield request.param, start(request.param, make_llm, make_async_llm)
+
+
+def test_lossless_modes_are_constrained_ar_decoding(
+    engine: tuple[str, Any], stock_texts: dict[str, list[Any]]
+) -> None:
+    """Token for token, all modes and plain requests in one batch, twice."""
+    name, llm = engine
+    expected = stock_texts["guidance" if name == "guidance" else "xgrammar"]
+    requests, texts = [], []
+    for i, ((prompt, own), text) in enumerate(zip(greedy_requests(), expected, strict=True)):
+        if name == "guidance" and own.ignore_eos:
+            continue  # vLLM's matcher refuses what follows eos if both are emitted at once
+        for extra in LOSSLESS:
+            mode = own.clone()
+            mode.extra_args = extra
+            requests.append((prompt, mode))
+            texts.append(text)
+        if i % 3 == 0:
+            requests.append((prompt, params(None, extra_args=LOSSLESS[i % 2])))
+            texts.append(None)
+    for _ in range(2):
+        given = endings(generate(llm, requests))
+        wrong = [i for i, text in enumerate(texts) if text is not None and given[i] != text]
+        assert wrong == []
+    assert (counter(llm, "vllm:num_preemptions") > 0) == (name == "preempted")
+
+
+def test_every_text_is_legal(engine: tuple[str, Any]) -> None:
+    """Greedy and sampled, in every mode, beside plain requests, which do not notice."""
+    _, llm = engine
+    plain = [(PROMPTS[i], params(None, extra_args=extra)) for i, extra in enumerate(DIFFUSION)]
+    alone = tokens_of(generate(llm, plain))
+    for sampling in ({}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9, "seed": 3}):
+        requests, wanted = [], []
+        for i, constraint in enumerate(CONSTRAINTS):
+            extra = [*DIFFUSION, *LOSSLESS][i % (len(DIFFUSION) + len(LOSSLESS))]
+            n = 2 if sampling else 1
+            requests.append((PROMPTS[i], params(constraint, n=n, extra_args=extra, **sampling)))
+            wanted.append(constraint)
+        outputs = generate(llm, requests + plain)
+        assert tokens_of(outputs[len(requests) :]) == alone
+        ends = [(c, end) for c, each in zip(wanted, outputs, strict=False) for end in each.outputs]
+        finished = [(c, end.text) for c, end in ends if end.finish_reason == "stop"]
+        assert {end.finish_reason for _, end in ends} <= {"stop", "length"}
+        assert len(finished) > 0.7 * len(ends)
+        assert [pair for pair in finished if not is_valid(*pair)] == []
+
+
+def test_a_seed_gives_the_same_text_drafted_or_not(engine: tuple[str, Any]) -> None:
+    _, llm = engine
+    texts = []
+    for extra in LOSSLESS:
+        requests = [
+            (prompt, params(c, temperature=0.9, seed=i, extra_args=extra, top_p=0.95))
+            for i, (prompt, c) in enumerate(zip(PROMPTS, CONSTRAINTS, strict=True))
+        ]
+        texts.append(tokens_of(generate(llm, requests)))
+    assert all(text == texts[0] for text in texts)
+
+
+@pytest.fixture(scope="module")
+def plain_engine(engine: tuple[str, Any]) -> Any:
+    """One engine for what does not depend on how forwards are scheduled."""
+    name, llm = engine
+    if name != "one forward":
+        pytest.skip("once is enough")
+    return llm
+
+
+def finishes(llm: Any, requests: list[tuple[str, SamplingParams]]) -> list[str]:
+    return [output.outputs[0].finish_reason for output in generate(llm, requests)]
+
+
+def test_a_broken_matcher_ends_its_request_alone(
+    plain_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises, in every mode."""
+    accepts = Matcher.accepts
+
+    def broken(self: Matcher, token: int) -> bool:
+        if self.prompt_length == ill:
+            raise RuntimeError("a fault")
+        return accepts(self, token)
+
+    modes = [{}, *LOSSLESS]
+    for extra in modes:
+        requests = [(p, params({"regex": "[0-9]{30}"}, extra_args=extra)) for p in PROMPTS[:4]]
+        requests += [(p, params(None, extra_args=extra)) for p in PROMPTS[:3]]
+        before = endings(generate(plain_engine, requests))
+        lengths = [len(plain_engine.get_tokenizer().encode(p)) for p, _ in requests]
+        ill = lengths[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(Matcher, "accepts", broken)
+            after = endings(generate(plain_engine, requests))
+        for i, length in enumerate(lengths):
+            if i < 4 and length == ill:
+                assert after[i] == ("error", [])
+            else:
+                assert after[i] == before[i]
+
+
+def test_nothing_left_aborts_a_request(plain_engine: Any) -> None:
+    digits = plain_engine.get_tokenizer().encode("0123456789")
+    for extra in [{}, *LOSSLESS]:
+        none_left = params({"choice": ["Monday"]}, allowed_token_ids=digits, extra_args=extra)
+        dead_end = params({"regex": "[0-9]{3} yes"}, allowed_token_ids=digits, extra_args=extra)
+        fine = params({"regex": "[0-9]{3}"}, allowed_token_ids=[*digits, 1], extra_args=extra)
+        requests = [(PROMPTS[0], own) for own in (none_left, dead_end, fine)]
+        assert finishes(plain_engine, requests) == ["abort", "abort", "stop"]
+
+
+def test_a_worker_compiles_with_the_schedulers_compiler(plain_engine: Any) -> None:
+    core = plain_engine.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    compiler = runner.model_state.grammars._compiler
+    generate(plain_engine, [(PROMPTS[0], params({"choice": ["a"]}))])
+    assert compiler._manager is core.scheduler.structured_output_manager
+
+
+def test_drafts_follow_the_grammar(plain_engine: Any) -> None:
+    """What is forced is drafted: far fewer forwards than tokens."""
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "integer", "maximum": 9} for name in ("first", "second")},
+        "required": ["first", "second"],
+        "additionalProperties": False,
+    }
+    steps = "vllm:diffusion_num_denoising_steps"
+    counts = []
+    for extra in LOSSLESS[:2]:
+        before = counter(plain_engine, steps)
+        outputs = generate(
+            plain_engine, [(p, params({"json": schema}, extra_args=extra)) for p in PROMPTS[:8]]
+        )
+        tokens = sum(map(len, tokens_of(outputs)))
+        counts.append((counter(plain_engine, steps) - before) / tokens)
+    assert counts[0] > 0.9 and counts[1] < 0.5

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forwards of static shapes, as on a GPU: the same text, on the runner's rows, and no waiting."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from vllm import SamplingParams
+
+from tests.conftest import counter, options, tokens_of
+from tests.engine.test_golden import request_of
+from vllm_nbdiff.engine import sampler
+from vllm_nbdiff.engine.loop import ForwardLoop
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "8-chunked-cached": {"block_length": 8, "max_num_batched_tokens": 64},
+    "8-preempted": {
+        "block_length": 8,
+        "max_model_len": 320,
+        "num_gpu_blocks_override": 14,
+        "block_size": 32,
+    },
+    "32-cached": {"block_length": 32, "max_num_batched_tokens": 8192},
+}
+STATIC = {"nbdiff": {"static_shapes": True}}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: Any, golden_checkpoint: Any, make_llm: Callable[..., Any]) -> Iterator[Any]:
+    llm = make_llm(golden_checkpoint, additional_config=STATIC, **ENGINES[request.param])
+    yield request.param, llm
+
+
+def test_golden(engine: Any, golden_cases: list[dict[str, Any]]) -> None:
+    """All cases of one block length in one batch, then once more."""
+    name, llm = engine
+    cases = [case for case in golden_cases if name.startswith(f"{case['block_length']}-")]
+    prompts, params = zip(*(request_of(case) for case in cases), strict=True)
+    expected = [case["expected"] for case in cases]
+    for _ in range(2):
+        outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
+        assert tokens_of(outputs) == expected
+    preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    assert (preemptions > 0) == name.endswith("preempted")
+
+
+@pytest.fixture(scope="module")
+def pair(golden_checkpoint: Any, make_llm: Callable[..., Any]) -> Iterator[Any]:
+    """Engines whose shapes are static, and depend on values."""
+    sizes: dict[str, Any] = {"block_length": 8, "max_num_batched_tokens": 160, "block_size": 32}
+    sizes |= {"max_model_len": 256}
+    dynamic = make_llm(golden_checkpoint, **sizes)
+    # The last engine has the metrics.
+    yield make_llm(golden_checkpoint, additional_config=STATIC, **sizes), dynamic
+
+
+def every_request() -> list[tuple[dict[str, Any], SamplingParams]]:
+    """Prompts and parameters of every kind."""
+    sampled = {"temperature": 0.8, "seed": 5}
+    kinds: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (options(), {}),
+        (options(threshold=0.02, small_blocks=2), {}),
+        (options(algorithm="entropy"), {}),
+        (options(algorithm="margin"), {}),
+        (options(algorithm="factor", threshold=3.0), {}),
+        (options(algorithm="entropy_bound", threshold=6.0), {}),
+        (options(algorithm="entropy_threshold", threshold=5.0), {}),
+        (options(block_length=4, small_blocks=2), {}),
+        ({"diffusion_max_steps": 3}, {}),
+        (options(mode="ar"), {}),
+        (options(mode="auto"), {}),
+        (options(mode="verify", draft_length=5), {}),
+        (options(mode="verify", draft_length=8, draft_steps=2), {}),
+        (options(mode="verify", draft_length=4, fused_commit=1), {}),
+        (options(), sampled),
+        (options(), sampled | {"top_k": 20}),
+        (options(), sampled | {"top_p": 0.7, "top_k": 50}),
+        (options(), sampled | {"min_p": 0.02}),
+        (options(mode="ar"), sampled),
+        (options(mode="verify"), sampled | {"top_p": 0.9}),
+        (options(algorithm="entropy"), sampled),
+        (options(algorithm="margin"), sampled | {"min_p": 0.02, "top_p": 0.7}),
+        (options(), {"repetition_penalty": 1.3}),
+        (options(mode="verify"), {"frequency_penalty": 0.7, "presence_penalty": 0.4}),
+        (options(), {"logit_bias": {7: 5.0}}),
+        (options(), {"allowed_token_ids": list(range(40, 90))}),
+        (options(), sampled | {"min_tokens": 12, "stop_token_ids": list(range(200))}),
+        (options(mode="ar"), {"stop_token_ids": list(range(100))}),
+        (options(fused_commit=1), {}),
+        (options(fused_commit=1, threshold=0.02), {"temperature": 0.4, "seed": 9}),
+        (options(block_cache=1, small_blocks=2), {}),
+        (options(algorithm="freedave"), {}),
+        (options(algorithm="freedave", small_blocks=2), {"repetition_penalty": 1.2}),
+    ]
+    requests = []
+    for i, (extra, params) in enumerate(kinds):
+        prompt = {"prompt_token_ids": [(7 * i + 3 * j) % 500 for j in range(3 + 7 * i)]}
+        settings: dict[str, Any] = {"temperature": 0, "max_tokens": 21, "ignore_eos": True}
+        settings |= {"detokenize": False, "extra_args": extra} | params
+        requests.append((prompt, SamplingParams(**settings)))
+    for words in ([[3, 4], [11]], [[5], [7, 8, 9]]):
+        prompt, params = requests[len(requests) % 3]
+        params = params.clone()
+        # With a tokenizer vLLM derives these from `bad_words`.
+        params._bad_words_token_ids = words
+        requests.append((prompt, params))
+    return requests
+
+
+def generate(llm: Any, requests: list[Any]) -> list[list[int]]:
+    prompts, params = zip(*requests, strict=True)
+    return tokens_of(llm.generate(list(prompts), list(params), use_tqdm=False))
+
+
+def test_every_option_gives_the_same_text(pair: Any) -> None:
+    """All in one batch, twice, and alone."""
+    static, dynamic = pair
+    requests = every_request()
+    expected = generate(dynamic, requests)
+    assert generate(dynamic, requests) == expected
+    for _ in range(2):
+        given = generate(static, requests)
+        assert [i for i, text in enumerate(given) if text != expected[i]] == []
+    alone = [generate(static, [request])[0] for request in requests]
+    assert [i for i, text in enumerate(alone) if text != expected[i]] == []
+
+
+def test_counts(pair: Any) -> None:
+    static, _ = pair
+    names = ("denoising_steps", "canvas_positions", "committed_tokens")
+    before = [counter(static, f"vllm:diffusion_num_{name}") for name in names]
+    params = SamplingParams(
+        temperature=0, max_tokens=16, ignore_eos=True, detokenize=False,
+        extra_args=options(threshold=1.0),
+    )  # fmt: skip
+    static.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
+    after = [counter(static, f"vllm:diffusion_num_{name}") for name in names]
+    # Two blocks of a seed and 7 denoise steps of one position; the first one is committed.
+    assert [b - a for a, b in zip(before, after, strict=True)] == [15, 120, 16]
+
+
+def test_text_ends_at_the_models_length(pair: Any) -> None:
+    for room in (1, 5, 8, 13):
+        prompt = [(3 * j) % 500 for j in range(256 - room)]
+        for extra in (options(), options(algorithm="freedave"), options(fused_commit=1)):
+            params = SamplingParams(
+                temperature=0, max_tokens=64, ignore_eos=True, detokenize=False, extra_args=extra
+            )
+            here, there = (
+                tokens_of(llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False))
+                for llm in pair
+            )
+            assert here == there and len(here[0]) == room
+
+
+class NoSynchronisation(TorchFunctionMode):
+    """Raises where the host would wait for the device: a value or a shape that only it knows."""
+
+    WAITS = (
+        *("cpu", "item", "tolist", "numpy", "nonzero", "unique", "masked_select", "argwhere"),
+        *("is_nonzero", "equal", "allclose", "__bool__", "__int__", "__float__", "__index__"),
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        assert name not in self.WAITS, f"{name} waits for the device"
+        if name in ("__getitem__", "__setitem__"):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            flags = [i for i in index if isinstance(i, torch.Tensor) and i.dtype == torch.bool]
+            assert not flags, "an index of flags has a shape that only the device knows"
+        if name == "repeat_interleave":
+            assert "output_size" in kwargs, "repeat_interleave asks the device for its size"
+        return func(*args, **kwargs)
+
+
+def test_no_step_waits_for_the_device(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any request: prompts, denoise steps, commits and verification."""
+    static, _ = pair
+    with pytest.raises(AssertionError, match="item waits"), NoSynchronisation():
+        torch.ones(1).item()
+    with pytest.raises(AssertionError, match="flags"), NoSynchronisation():
+        torch.ones(3)[torch.ones(3) > 0]
+    calls = {"begin": 0, "run": 0}
+
+    def guarded(name: str) -> Any:
+        original = getattr(ForwardLoop, name)
+
+        def call(self: Any, *args: Any) -> Any:
+            calls[name] += 1
+            with NoSynchronisation():
+                return original(self, *args)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(ForwardLoop, name, guarded(name))
+    draw_rows = sampler.draw_rows
+
+    def unguarded(*args: Any, **kwargs: Any) -> Any:
+        """On a CPU draws read values, which kernels do on the device."""
+        with torch._C.DisableTorchFunction():
+            return draw_rows(*args, **kwargs)
+
+    monkeypatch.setattr(sampler, "draw_rows", unguarded)
+    # What `auto` learns is read as it arrives, which on a CPU is at once.
+    requests = [r for r in every_request() if r[1].extra_args.get("nbdiff_mode") != "auto"]
+    generate(static, requests)
+    assert calls["begin"] == calls["run"] > 3

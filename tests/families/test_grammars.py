@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured output of every family: legal, whatever its blocks look like and where they begin."""
+
+import shutil
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.engine.grammar_cases import is_valid, random_constraint
+from tests.families.checkpoints import GOLDEN_FAMILIES, RANDOM, checkpoint, config_of
+from tests.families.engines import serve
+
+NANO = Path(__file__).parents[2] / "examples" / "nbdiff-nano"
+CONSTRAINTS = [random_constraint(Random(seed)) for seed in range(16)]
+
+
+def with_tokenizer(family: str, folder: Path) -> Path:
+    """Its checkpoint, with a token for a byte: the first ones of the bundled tokenizer."""
+    made = folder / "made"
+    made.mkdir()
+    served = shutil.copytree(checkpoint(family, made), folder / "served")
+    config = config_of(family)
+    ids = Tokenizer.from_file(str(NANO / "tokenizer.json")).get_vocab()
+    tokens = {token: i for token, i in ids.items() if i < config["vocab_size"]}
+    eos = next(token for token, i in ids.items() if i == config["eos_token_id"])
+    tokenizer = Tokenizer(BPE(tokens, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(served)
+    return served
+
+
+@pytest.mark.parametrize("family", [*GOLDEN_FAMILIES, *RANDOM])
+def test_every_text_is_legal(family: str, tmp_path: Path) -> None:
+    structured = {"backend": "xgrammar", "disable_any_whitespace": True}
+    llm = serve(
+        with_tokenizer(family, tmp_path),
+        skip_tokenizer_init=False,
+        structured_outputs_config=structured,
+    )
+    for sampling in ({"temperature": 0}, {"temperature": 1.0, "seed": 3}):
+        prompts: list[Any] = [
+            {"prompt_token_ids": [5 + (7 * j + i) % 80 for j in range(3 + i)]} for i in range(16)
+        ]
+        params = [
+            SamplingParams(
+                max_tokens=90, structured_outputs=StructuredOutputsParams(**c), **sampling
+            )
+            for c in CONSTRAINTS
+        ]
+        ends = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        assert {end.finish_reason for end in ends} <= {"stop", "length"}
+        texts = [
+            (constraint, end.text)
+            for constraint, end in zip(CONSTRAINTS, ends, strict=True)
+            if end.finish_reason == "stop"
+        ]
+        assert len(texts) > 8
+        assert [pair for pair in texts if not is_valid(*pair)] == []

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that checks a GPU, rehearsed on a CPU; its stages fail one by one."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.gpu_check import __main__ as command
+from scripts.gpu_check.cases import LENGTHS, MAX_TOKENS, MODES, bundled_cases
+from scripts.gpu_check.options import Options
+from scripts.gpu_check.result import Result
+from scripts.gpu_check.stages import STAGES, Stage
+
+
+def test_a_rehearsal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Kernels and an engine in the interpreter; what needs a GPU is skipped with its reason."""
+    out = tmp_path / "found.json"
+    skipped = ["compiled", "full-graphs", "default", "monitored", "memory", "model"]
+    chosen = ["kernels", "eager", *skipped]
+    assert command.main(["--toy", "--only", *chosen, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert {name: result["status"] for name, result in found.items()} == {
+        name: "skipped" if name in skipped else "ok" for name in chosen
+    }
+    assert found["eager"]["detail"] == "3 requests, 3 modes: all tokens as stored"
+    assert all(found[name]["detail"] and found[name]["figures"]["seconds"] for name in chosen)
+    table = capfd.readouterr().out.rpartition("stage ")[2]
+    assert [line.split()[0] for line in table.splitlines()[1:]] == chosen
+
+
+@pytest.mark.long
+def test_a_rehearsal_of_the_longer_stages(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    chosen = ["environment", "benchmark", "model"]
+    model = str(command.ROOT / "examples" / "nbdiff-nano")
+    arguments = ["--toy", "--model", model, "--only", *chosen, "--out", str(out)]
+    assert command.main(arguments) == 0
+    found = json.loads(out.read_text())
+    assert [found[name]["status"] for name in chosen] == ["ok"] * 3
+    assert "in 2 of 2" in found["model"]["detail"]
+
+
+def test_wrong_results_and_failures_end_in_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the stages after them run."""
+    results = iter(
+        [Result("wrong", "another token"), Result("failed", "exit status 1"), Result("ok")]
+    )
+    monkeypatch.setattr(command, "run_apart", lambda name, options: next(results))
+    out = tmp_path / "found.json"
+    chosen = ["eager", "default", "memory"]
+    assert command.main(["--only", *chosen, "--out", str(out)]) == 1
+    assert [r["status"] for r in json.loads(out.read_text()).values()] == ["wrong", "failed", "ok"]
+    assert "another token" in capsys.readouterr().out
+
+
+def test_a_stage_that_breaks_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process ends, and with it all that it has started."""
+    options = Options(toy=True, model=None)
+    monkeypatch.setitem(STAGES, "kernels", Stage(STAGES["kernels"].run, limit_s=0.2))
+    began = time.monotonic()
+    hung = command.run_apart("kernels", options)
+    assert hung.status == "failed" and "longer than 0.2 s" in hung.detail
+    assert time.monotonic() - began < 30
+    broken = {"PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}
+    monkeypatch.setitem(STAGES, "eager", Stage(STAGES["eager"].run, 60, broken))
+    failed = command.run_apart("eager", options)
+    assert failed.status == "failed" and failed.detail == "exit status 1"
+
+
+def test_stored_tokens_are_of_every_mode_and_length() -> None:
+    cases = bundled_cases()
+    assert {(case.mode, len(case.prompt)) for case in cases} == {
+        (mode, length) for mode in MODES for length in LENGTHS
+    }
+    assert all(len(case.tokens) == MAX_TOKENS for case in cases)
+    # What decodes losslessly has the text of `ar`.
+    texts = {(case.mode, case.prompt): case.tokens for case in cases}
+    for (mode, prompt), tokens in texts.items():
+        if mode in ("verify", "auto"):
+            assert tokens == texts["ar", prompt]
