@@ -17,21 +17,21 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
-import gc
 import json
 import random
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
+from time import perf_counter, sleep
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.budget import Budget
 from benchmarks.engines import AR, DIFFUSION, MODES, OURS, REAL_MODES, STOCK, VERIFY, Engine, Sample
 from benchmarks.nano import CHECKPOINT, Nano
 from benchmarks.random_model import (
@@ -42,14 +42,14 @@ from benchmarks.random_model import (
     find_step_mix,
     native_dtype,
 )
-from benchmarks.report import Row, make_row, provenance
+from benchmarks.report import Row, make_row, save
 from vllm_nbdiff.request import DEFAULT_DRAFT_LENGTH
 
 MODELS = ("nano", "125m")
 BATCHES = (1, 4, 16, 64)
-RESULTS = Path(__file__).parent / "results"
 # An idle worker of vLLM spins for a second after its last step.
 SETTLE_SECONDS = 1.2
+WARM_UP_REQUESTS = 4
 
 
 class Run:
@@ -61,6 +61,7 @@ class Run:
         self.progress = progress
         self.rows: list[Row] = []
         cells = len(options.models) * len(options.batches)
+        self.budget = Budget(60 * options.minutes, cells)
         total = len(options.modes) * cells * (options.rounds + 1)
         self.bar = progress.add_task("start", total=total)
 
@@ -95,7 +96,7 @@ class Run:
     def forced(self, folder: Path, engine: Engine, tpf: float) -> Random125M:
         """The random model's workload with `tpf` tokens per forward, found by trying."""
         quick, dtype = self.options.quick, self.options.dtype
-        tokens = 32 if quick else 128
+        tokens = 32 if quick else 64
         probe = Random125M(folder, dtype, StepMix(1, 0.0), 1, tokens)
 
         def measure(steps: int) -> float:
@@ -108,33 +109,50 @@ class Run:
     def engines(self, folder: Path, dtype: str) -> Iterator[dict[str, Engine]]:
         """The engine of every mode, two on the same weights, alive side by side."""
         self.progress.update(self.bar, description="start both engines")
-        ours = Engine(OURS, folder, dtype)
-        engines = dict.fromkeys(self.options.modes, ours)
-        engines[AR] = Engine(STOCK, folder, dtype)
-        yield engines
-        engines.clear()
-        del ours
-        gc.collect()
+        with (
+            closing(Engine(OURS, folder, dtype)) as ours,
+            closing(Engine(STOCK, folder, dtype)) as stock,
+        ):
+            yield {**dict.fromkeys(self.options.modes, ours), AR: stock}
 
     def measure(self, workload: Nano | Random125M, engines: dict[str, Engine]) -> None:
-        """One warm-up round of a single batch, then the rounds, the engines taking turns."""
-        for batch in self.options.batches:
-            modes = self.options.modes
+        """Every batch size: a short warm-up, then the rounds, the engines taking turns.
+
+        The largest one first: where a single round takes more than its share of the time, the
+        others have fewer rounds.
+        """
+        modes, rounds = self.options.modes, self.options.rounds
+        for batch in sorted(self.options.batches, reverse=True):
+            self.budget.begin_part()
             samples: dict[str, list[Sample]] = {mode: [] for mode in modes}
-            for index in range(self.options.rounds + 1):
-                for mode in modes if index % 2 else reversed(modes):
-                    label = f"{workload.name}, batch {batch}, {mode}"
-                    self.progress.update(self.bar, description=label)
-                    requests = workload.requests(mode, batch, index)
-                    if index == 0:
-                        engines[mode].run(requests[:batch], batch)
-                    else:
-                        samples[mode].append(engines[mode].run(requests, batch))
-                    self.progress.advance(self.bar)
-                    time.sleep(SETTLE_SECONDS)
+            self.round(workload, engines, batch, 0)
+            done, seconds = 0, 0.0
+            while not done or (done < rounds and self.budget.has(seconds)):
+                done += 1
+                start = perf_counter()
+                for mode, sample in self.round(workload, engines, batch, done).items():
+                    samples[mode].append(sample)
+                seconds = perf_counter() - start
+            self.progress.advance(self.bar, (rounds - done) * len(modes))
             for mode in modes:
                 self.rows.append(make_row(workload.name, mode, batch, samples))
                 self.console.print(json.dumps(asdict(self.rows[-1])), soft_wrap=True)
+
+    def round(
+        self, workload: Nano | Random125M, engines: dict[str, Engine], batch: int, index: int
+    ) -> dict[str, Sample]:
+        """One round of every mode; the one of index 0 only warms up, with few requests."""
+        modes, samples = self.options.modes, {}
+        for mode in modes if index % 2 else reversed(modes):
+            label = f"{workload.name}, batch {batch}, {mode}"
+            self.progress.update(self.bar, description=label)
+            requests = workload.requests(mode, batch, index)
+            if index == 0:
+                requests = requests[: min(batch, WARM_UP_REQUESTS)]
+            samples[mode] = engines[mode].run(requests, batch)
+            self.progress.advance(self.bar)
+            sleep(SETTLE_SECONDS)
+        return samples
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -147,7 +165,13 @@ def parse_arguments() -> argparse.Namespace:
         "--modes", nargs="+", choices=choices, default=MODES, help="ar, diffusion, verify needed"
     )
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, default 5")
+    parser.add_argument("--rounds", type=int, default=3, help="most measured rounds, default 3")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=24,
+        help="more rounds than one only where they end within it, default 24",
+    )
     parser.add_argument("--quick", action="store_true", help="smoke run: batch 1 and 4, one round")
     parser.add_argument("--nano", type=Path, default=CHECKPOINT, help="checkpoint of model nano")
     parser.add_argument("--tpf", type=float, help="force 125m to it; default: what nano reaches")
@@ -187,9 +211,7 @@ def main() -> None:
     if options.save:
         settings = {"rounds": options.rounds, "dtype_125m": options.dtype}
         settings["steps_125m"] = asdict(mix) if mix is not None else None
-        RESULTS.mkdir(exist_ok=True)
-        text = json.dumps({**provenance(settings), "results": rows}, indent=2) + "\n"
-        (RESULTS / f"{options.save}.json").write_text(text)
+        save(options.save, rows, settings)
 
 
 if __name__ == "__main__":

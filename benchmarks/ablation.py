@@ -24,10 +24,18 @@ from matplotlib import pyplot
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainingArguments, set_seed
 
 from vllm_nbdiff.adapt import problems
-from vllm_nbdiff.adapt.data import Collator, Example, encode, row_length, token_batches
+from vllm_nbdiff.adapt.data import (
+    Collator,
+    Example,
+    cut_at_block,
+    encode,
+    row_length,
+    token_batches,
+)
 from vllm_nbdiff.adapt.loss import LossOptions
 from vllm_nbdiff.adapt.schedule import BlockGrowth, Schedule
 from vllm_nbdiff.adapt.train import AdaptationTrainer, losses_on
+from vllm_nbdiff.families.family import ContextMask
 from vllm_nbdiff.reference import Generation, generate, generate_ar
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +44,7 @@ BLOCK_LENGTH, THRESHOLD, SMALL_BLOCKS = 32, 0.9, 4
 BATCH_TOKENS, LEARNING_RATE, MAX_TOKENS = 1024, 1.5e-3, 256
 VARIANTS = {
     "full recipe": LossOptions(),
-    "block-causal context": LossOptions(context="block", ar_targets="seeds"),
+    "block-causal context": LossOptions(context="block-causal", ar_targets="seeds"),
     "without AR loss": LossOptions(ar_targets="seeds"),
     "without block growth": LossOptions(),
 }
@@ -54,12 +62,14 @@ def length_of(example: Example) -> int:
     return row_length(prompt, len(example["input_ids"]) - prompt, BLOCK_LENGTH)
 
 
-def encoded(tokenizer: Any, drawn: Iterator[problems.Problem]) -> Iterator[Example]:
+def encoded(
+    tokenizer: Any, drawn: Iterator[problems.Problem], context: ContextMask
+) -> Iterator[Example]:
     """Problems as training examples."""
     for problem in drawn:
         question = {"role": "user", "content": problem.prompt}
         answer = {"role": "assistant", "content": problem.answer}
-        yield encode(tokenizer, [question, answer])
+        yield cut_at_block(encode(tokenizer, [question, answer]), BLOCK_LENGTH, context)
 
 
 def train(
@@ -69,10 +79,9 @@ def train(
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(options.causal)
     model = LlamaForCausalLM.from_pretrained(options.causal, attn_implementation="sdpa")
-    grows = variant != "without block growth"
-    batches = token_batches(
-        encoded(tokenizer, problems.training(1000 + seed)), length_of, BATCH_TOKENS, seed
-    )
+    grows, context = variant != "without block growth", VARIANTS[variant].context
+    drawn = encoded(tokenizer, problems.training(1000 + seed), context)
+    batches = token_batches(drawn, length_of, BATCH_TOKENS, seed)
     collate = Collator(tokenizer.pad_token_id, tokenizer.eos_token_id, BLOCK_LENGTH)
     trainer = AdaptationTrainer(
         model=model,
@@ -108,8 +117,8 @@ def train(
         loss_options=VARIANTS[variant],
     )
     trainer.train()
-    asked = iter(problems.held_out(options.problems))
-    held_out = list(token_batches(encoded(tokenizer, asked), length_of, BATCH_TOKENS, 0))
+    asked = encoded(tokenizer, iter(problems.held_out(options.problems)), context)
+    held_out = list(token_batches(asked, length_of, BATCH_TOKENS, 0))
     mask = tokenizer.mask_token_id
     losses = losses_on(model, held_out, collate, BLOCK_LENGTH, mask, VARIANTS[variant])
     return model.eval(), tokenizer, losses
@@ -145,7 +154,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             eos_token_ids=ends,
             num_small_blocks=SMALL_BLOCKS,
             threshold=THRESHOLD,
-            block_causal=VARIANTS[variant].context == "block",
+            block_causal=VARIANTS[variant].context == "block-causal",
         )
 
     def ar(prompt: list[int]) -> Generation:

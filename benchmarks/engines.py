@@ -119,6 +119,15 @@ class Engine:
         """Have verification take every drafted token with this chance, whatever the model says."""
         self.llm.collective_rpc("force_acceptance", args=(chance,))
 
+    def close(self) -> None:
+        """Stop the engine's process and free what it holds.
+
+        vLLM does it when the engine is collected, which reference cycles delay, or in a finalizer
+        at exit; and where a temporary folder was made before vLLM was imported, the interpreter
+        waits for the process before it calls any finalizer, for ever.
+        """
+        self.llm.llm_engine.engine_core.shutdown()
+
     def _forwards(self) -> int:
         if self.stock:
             return 0

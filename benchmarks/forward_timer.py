@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from vllm_nbdiff.engine.plan import NEXT
+if TYPE_CHECKING:
+    from vllm_nbdiff.decoding.plan import Plan
+    from vllm_nbdiff.decoding.rows import Packed
+    from vllm_nbdiff.decoding.sampling import Drawn
+    from vllm_nbdiff.engine.schedule import Schedule
 
 
 @dataclass
@@ -53,30 +57,38 @@ class ForwardTimer:
         model.compute_logits = self._logits_clock.timed(model.compute_logits)
 
     def force_acceptance(self, chance: float) -> None:
-        """Replace what verification reads from the logits: a drafted token is right by chance."""
-        decoder = self.model_runner.model_state.decoder
-        state, draw = decoder.state, decoder.sampler.draw
-        random = np.random.default_rng(0)
+        """Replace what verification reads from the logits: a drafted token is right by chance.
 
-        def forced(logits: Any, batch: Any, plan: Any) -> Any:
-            drawn, rows = draw(logits, batch, plan), plan.rows
-            drafted = (rows.kind == NEXT) & (rows.column + 1 < plan.text[rows.owner])
-            chosen = np.flatnonzero(drafted)
-            slots = batch.slots[rows.owner[chosen]]
-            wrong = random.random(len(chosen)) >= chance
-            token = drawn.token.copy()
-            drafts = state.tokens[slots, rows.column[chosen] + 1]
-            token[chosen] = np.where(wrong, (drafts + 1) % state.config.vocab_size, drafts)
-            return replace(drawn, token=token)
+        A wrong one is answered with token 0 or 1; neither may be the mask.
+        """
+        sampler = self.model_runner.model_state.loop.decoder.sampler
+        draw, random = sampler.draw, torch.Generator().manual_seed(0)
 
-        decoder.sampler.draw = forced
+        def forced(logits: Tensor, plan: Plan, packed: Packed, schedule: Schedule) -> Drawn:
+            drawn = draw(logits, plan, packed, schedule)
+            owner, column = packed.owner, packed.place
+            verified = plan.options.verifies[owner] & (column < plan.num_next)
+            verified &= column + 1 < plan.text[owner]
+            tokens = plan.state.tokens
+            drafted = tokens[owner, (column + 1).clamp(max=tokens.shape[1] - 1)]
+            right = torch.rand(len(owner), generator=random) < chance
+            token = torch.where(right.to(owner.device), drafted, (drafted == 0).long())
+            return drawn._replace(token=torch.where(verified, token, drawn.token))
 
+        sampler.draw = forced
+
+    @torch.inference_mode()
     def time_rows(self, rows: int, repeats: int = 5) -> float:
         """Least seconds of the model's forward and logits on so many rows, without attention."""
-        run, times = self.model_runner.model_state.loop.run_rows, []
+        from vllm.forward_context import set_forward_context
+
+        runner, times = self.model_runner, []
+        ids = torch.zeros(rows, dtype=torch.int32, device=runner.device)
+        positions = torch.arange(rows, device=runner.device)
         for _ in range(repeats):
             start = perf_counter()
-            run(rows)
+            with set_forward_context(None, runner.vllm_config, num_tokens=rows):
+                runner.model.compute_logits(runner.model(input_ids=ids, positions=positions))
             times.append(perf_counter() - start)
         return min(times)
 

@@ -17,14 +17,16 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
-from vllm_nbdiff.kernels.canvas_update import canvas_update, canvas_update_reference
 from vllm_nbdiff.kernels.row_sample import row_sample
 from vllm_nbdiff.kernels.row_statistics import row_statistics
-from vllm_nbdiff.kernels.segment_attention import segment_attention, segment_attention_reference
+from vllm_nbdiff.kernels.segment_attention import segment_attention
+from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.write_kv import write_kv
 
+from benchmarks.canvases import THRESHOLD, Canvases
 from benchmarks.timing import Run
+from vllm_nbdiff.decoding.sampling import Drawn
 
 
 @dataclass(frozen=True)
@@ -224,9 +226,7 @@ def statistics_case(shapes: Shapes, requests: int, logits: Tensor) -> Case:
 def sample_case(requests: int, logits: Tensor) -> Case:
     rows, device = len(logits), logits.device
     key = {
-        "seed": torch.arange(rows, device=device),
-        "position": torch.arange(rows, device=device),
-        "step": torch.zeros(rows, dtype=torch.int32, device=device),
+        "draw": torch.rand(rows, dtype=torch.float64, device=device),
         "temperature": torch.ones(rows, device=device),
     }
     top_p = torch.full((rows,), 0.9, device=device)
@@ -245,30 +245,24 @@ def sample_case(requests: int, logits: Tensor) -> Case:
     return Case("row_sample", requests, 0, size_of(logits), draws)
 
 
-def canvas_case(shapes: Shapes, requests: int) -> Case:
-    """The proposal is the mask token, so that every call finds the same canvas."""
+def decisions_case(shapes: Shapes, requests: int) -> Case:
+    """What a step decides beside its forward and draws: PyTorch's launches, no kernel of ours."""
     s, mask_token_id = shapes, 1
-    shape = (requests, s.block)
-    canvas = torch.full(shape, mask_token_id, dtype=torch.int32, device=s.device)
-    proposed = torch.full_like(canvas, mask_token_id)
-    p = torch.rand(shape, device=s.device)
-    options = {
-        "mask_token_id": mask_token_id,
-        "eos_token_ids": int32([2], s.device),
-        "rule": int32([0] * requests, s.device),
-        "parameter": torch.full((requests,), 0.9, device=s.device),
-        "sub_block_length": int32([s.sub_block] * requests, s.device),
-    }
+    tokens = torch.full((requests, s.block), mask_token_id, device=s.device)
+    tokens[:, : s.sub_block] = 2
+    canvases = Canvases(tokens, 0, s.sub_block, s.vocab_size, mask_token_id)
+    p = torch.rand((requests, s.sub_block), device=s.device)
+    token = torch.randint(2, s.vocab_size, p.shape, device=s.device)
+    drawn = Drawn(token.flatten(), p.flatten(), p.flatten())
 
-    def ours() -> object:
-        return canvas_update(canvas, proposed, p, p, p, **options)
+    def ours() -> Tensor:
+        return canvases.decide(canvases.plan(), drawn).tokens
 
-    found = canvas_update(canvas, proposed, p, p, p, **options)
-    expected = canvas_update_reference(canvas, proposed, p, p, p, **options)
-    for name, mine, truth in zip(found._fields, found, expected, strict=True):
-        assert torch.equal(mine, truth), f"canvas_update: {name} differs from the reference"
-    num_bytes = size_of(canvas, canvas, proposed, p, p, p)
-    return Case("canvas_update", requests, 0, num_bytes, {"ours": ours})
+    expected = tokens.clone()
+    taken = (p > THRESHOLD) | (p == p.amax(dim=1, keepdim=True))
+    expected[:, s.sub_block : 2 * s.sub_block] = torch.where(taken, token, mask_token_id)
+    assert torch.equal(ours(), expected), "decisions: other positions than the likeliest are filled"
+    return Case("decisions", requests, 0, size_of(tokens, tokens, *drawn), {"ours": ours})
 
 
 def other_cases(shapes: Shapes, requests: int) -> Iterator[Case]:
@@ -278,4 +272,4 @@ def other_cases(shapes: Shapes, requests: int) -> Iterator[Case]:
     yield write_case(shapes, requests)
     yield statistics_case(shapes, requests, logits)
     yield sample_case(requests, logits)
-    yield canvas_case(shapes, requests)
+    yield decisions_case(shapes, requests)

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.engines import BLOCK_DIFFUSION, OPTIONS, Request
 
 VOCAB_SIZE, MASK_TOKEN_ID, BLOCK_LENGTH = 32_000, 2, 32
-PROMPT_TOKENS = 64
+PROMPT_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def native_dtype() -> str:
 
 
 class Random125M:
-    """Rounds of random prompts of 64 tokens, all with the same number of tokens to generate."""
+    """Rounds of random prompts of 32 tokens, all with the same number of tokens to generate."""
 
     name = "125m"
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import subprocess
@@ -16,6 +17,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.engines import Sample
+
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Row:
     """Generated tokens per decode forward of a request."""
     step_over_bare: float
     """Wall time over the part of it spent in the model's forward and logits."""
+    rounds: int
+    """That were measured."""
 
 
 def make_row(model: str, mode: str, batch: int, samples: dict[str, list[Sample]]) -> Row:
@@ -50,11 +55,21 @@ def make_row(model: str, mode: str, batch: int, samples: dict[str, list[Sample]]
         exact=round(100 * sum(s.exact for s in own) / problems, 1) if problems else None,
         tpf=round(sum(s.tokens for s in own) / sum(s.forwards for s in own), 3),
         step_over_bare=round(median(s.seconds / s.model_seconds for s in own), 3),
+        rounds=len(own),
     )
 
 
-def provenance(settings: dict[str, Any], module: str = "benchmarks") -> dict[str, Any]:
-    """Command, versions, machine and commit of this run."""
+def save(
+    name: str, results: Sequence[Any], settings: dict[str, Any], module: str = "benchmarks"
+) -> None:
+    """Write `results` to results/NAME.json, with the `settings` of the run, its command, versions,
+    machine and commit."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({**_provenance(settings, module), "results": results}, indent=2)
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _provenance(settings: dict[str, Any], module: str) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "settings": settings,

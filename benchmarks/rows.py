@@ -15,16 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from benchmarks.engines import OURS, Engine
 from benchmarks.random_model import VOCAB_SIZE, build
-from benchmarks.report import provenance
+from benchmarks.report import save
 
 # Weights that a row is multiplied with: all but the embedding.
 WEIGHTS = 12 * (4 * 768 * 768 + 3 * 768 * 1792) + 768 * VOCAB_SIZE
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
-RESULTS = Path(__file__).parent / "results"
 
 
 def make_result(dtype: str, rows: int, seconds: float, flop: float) -> dict[str, object]:
@@ -36,26 +37,28 @@ def make_result(dtype: str, rows: int, seconds: float, flop: float) -> dict[str,
     return result
 
 
+def measure(engine: Engine, dtype: str) -> Iterator[dict[str, object]]:
+    """The lines of one dtype."""
+    for rows in ROWS:
+        (seconds,) = engine.llm.collective_rpc("time_rows", args=(rows,))
+        yield make_result(dtype, rows, seconds, 2.0 * WEIGHTS * rows)
+    ((seconds, flop),) = engine.llm.collective_rpc("time_matmul", args=(1024,))
+    yield make_result(dtype, 0, seconds, flop)
+
+
 def main() -> None:
     """Print a JSON object a line; save them when asked to."""
     parser = argparse.ArgumentParser(description="Forward time by rows.")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json too")
     options = parser.parse_args()
-    results = []
+    results: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="nbdiff-125m-") as name:
         build(Path(name))
         for dtype in ("bfloat16", "float32"):
-            llm = Engine(OURS, Path(name), dtype).llm
-            for rows in ROWS:
-                (seconds,) = llm.collective_rpc("time_rows", args=(rows,))
-                results.append(make_result(dtype, rows, seconds, 2.0 * WEIGHTS * rows))
-            ((seconds, flop),) = llm.collective_rpc("time_matmul", args=(1024,))
-            results.append(make_result(dtype, 0, seconds, flop))
-            del llm
+            with closing(Engine(OURS, Path(name), dtype)) as engine:
+                results += measure(engine, dtype)
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        text = json.dumps({**provenance({}, "benchmarks.rows"), "results": results}, indent=2)
-        (RESULTS / f"{options.save}.json").write_text(text + "\n")
+        save(options.save, results, {}, "benchmarks.rows")
 
 
 if __name__ == "__main__":

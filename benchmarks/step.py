@@ -7,19 +7,17 @@ against the time its weights and KV take at the copy bandwidth measured in the s
     python -m benchmarks.step --toy          # on any CPU: the same code on toy shapes, in Triton's
                                              # interpreter; its times mean nothing
 
-A step is the forward of 32 rows per request, logits of 8 of them, their statistics and the update
-of the canvas. The first one is checked against plain PyTorch before anything is timed. Columns are
-tab-separated.
+A step is its plan, the forward of 32 rows per request, logits of 8 of them, their statistics and
+what follows from them. The first one is checked against plain PyTorch before anything is timed.
+Columns are tab-separated.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
-from pathlib import Path
 
 if "--toy" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -33,13 +31,11 @@ from benchmarks.step_model import (
     Step,
     Weights,
     bytes_to_move,
-    check,
     random_batch,
     random_weights,
 )
+from benchmarks.step_reference import check
 from benchmarks.timing import copy_bandwidth, describe, fits, measure_of
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,18 +105,17 @@ def main() -> None:
             figures = f"{row.step_ms:.3f}\t{row.floor_ms:.3f}\t{row.gb:.3f}\t{row.over_floor:.3f}"
             print(f"{row.requests}\t{row.context}\t{figures}", flush=True)
     if options.save:
-        save(options.save, config, rate, rows)
+        keep(options.save, config, rate, rows)
 
 
-def save(name: str, config: ModelConfig, rate: float, rows: list[Row]) -> None:
-    from benchmarks.report import provenance  # asks for vLLM's version, which takes a while
+def keep(name: str, config: ModelConfig, rate: float, rows: list[Row]) -> None:
+    """Save the rows, with the model's shape and the copy bandwidth in bytes a second."""
+    from benchmarks.report import save  # asks for vLLM's version, which takes a while
 
     settings = {"device": describe(config.device), "copy_gb_per_s": rate / 1e9}
     settings |= {key: str(value) for key, value in dataclasses.asdict(config).items()}
     results = [dataclasses.asdict(row) for row in rows]
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({**provenance(settings, "benchmarks.step"), "results": results}, indent=2)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    save(name, results, settings, "benchmarks.step")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One denoise step of a model shaped like NBDiff-7B: random weights, PyTorch's matrix products,
-this project's kernels for the rest, nothing that depends on the host between first and last launch.
+"""One denoise step of a model shaped like NBDiff-7B: random weights, PyTorch matrix products, this
+project's kernels and decisions, nothing that depends on the host between first and last launch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vllm_nbdiff.kernels.canvas_update import CanvasUpdate, SelectionRule, canvas_update
-from vllm_nbdiff.kernels.row_statistics import row_statistics
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.write_kv import write_kv
+
+from benchmarks.canvases import Canvases
+from vllm_nbdiff.decoding.draws import draw_rows
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Batch(NamedTuple):
     in place."""
 
     canvas: Tensor
-    """[N, block] int32: what the step starts from."""
+    """[N, block] int64: what the step starts from."""
     position: Tensor
     """[N * block] int64: of each row in its text."""
     slots: Tensor
@@ -121,15 +122,13 @@ class Batch(NamedTuple):
     segments: SegmentTable
     caches: list[Tensor]
     """Per layer [pages, 2, page_size, kv_heads, head_dim], K and V of a page side by side."""
-    rows: Tensor
-    """[N * sub_block] int64: rows that predict the second sub-block, one before each position."""
-    places: Tensor
-    """[N * sub_block] int64: those positions in the flat canvas."""
+    context: int
+    """Tokens of text before each canvas."""
     kv_len: int
     """Of every request: the context and its canvas."""
 
 
-MASK, EOS = 1, 2
+MASK = 1
 
 
 def random_batch(config: ModelConfig, requests: int, context: int) -> Batch:
@@ -139,17 +138,15 @@ def random_batch(config: ModelConfig, requests: int, context: int) -> Batch:
     page_table = torch.randperm(requests * pages, device=device).view(requests, pages)
     position = context + torch.arange(c.block, device=device)
     page = page_table[:, position // c.page_size]
-    canvas = torch.randint(3, c.vocab_size, (requests, c.block), device=device)
+    canvas = torch.randint(2, c.vocab_size, (requests, c.block), device=device)
     canvas[:, c.sub_block :] = MASK
-    first = torch.arange(requests, device=device)[:, None] * c.block
-    places = (first + c.sub_block + torch.arange(c.sub_block, device=device)).flatten()
     shape = (requests * pages, 2, c.page_size, c.kv_heads, c.head_dim)
 
     def int32(tensor: Tensor) -> Tensor:
         return tensor.to(device=device, dtype=torch.int32)
 
     return Batch(
-        canvas=int32(canvas),
+        canvas=canvas,
         position=position.repeat(requests),
         slots=(page * c.page_size + position % c.page_size).flatten(),
         segments=SegmentTable(
@@ -159,8 +156,7 @@ def random_batch(config: ModelConfig, requests: int, context: int) -> Batch:
             int32(page_table),
         ),
         caches=[torch.randn(shape, dtype=c.dtype, device=device) for _ in range(c.layers)],
-        rows=places - 1,
-        places=places,
+        context=context,
         kv_len=kv_len,
     )
 
@@ -206,8 +202,7 @@ class StepResult(NamedTuple):
     logits: Tensor
     """[N * sub_block, vocab_size]."""
     canvas: Tensor
-    """[N, block] int32 after the step."""
-    update: CanvasUpdate
+    """[N, block] int64 after the step."""
 
 
 class Step:
@@ -217,20 +212,13 @@ class Step:
         self.config, self.weights, self.batch = config, weights, batch
         cos, sin = rotary_table(config, batch.position)
         self.cos, self.sin = cos.float(), sin.float()
-        requests, device = len(batch.canvas), config.device
-        self.canvas = batch.canvas.clone()
-        self.proposed = torch.zeros_like(batch.canvas)
-        self.scores = torch.zeros((2, *batch.canvas.shape), device=device)
-        int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
-        self.rules = {
-            "eos_token_ids": torch.tensor([EOS], **int32),
-            "rule": torch.full((requests,), SelectionRule.THRESHOLD, **int32),
-            "parameter": torch.full((requests,), 0.9, device=device),
-            "sub_block_length": torch.full((requests,), config.sub_block, **int32),
-        }
+        self.canvases = Canvases(
+            batch.canvas, batch.context, config.sub_block, config.vocab_size, MASK
+        )
+        self.row_params = self.canvases.row_params()
         # The engine has fused kernels of vLLM for these; on a GPU they are fused here too.
         self.add_and_normalize, self.rotate, self.gate = add_and_normalize, rotate, gate
-        if device == "cuda":
+        if config.device == "cuda":
             self.add_and_normalize = torch.compile(add_and_normalize)
             self.rotate, self.gate = torch.compile(rotate), torch.compile(gate)
 
@@ -253,28 +241,10 @@ class Step:
         )
         return F.linear(out.flatten(1), layer.o, layer.o_bias)
 
-    def _decide(self, logits: Tensor) -> CanvasUpdate:
-        """Statistics of the second sub-block's rows to their positions, then the fill."""
-        found = row_statistics(logits)
-        places = self.batch.places
-        probability, entropy = self.scores
-        self.proposed.view(-1)[places] = found.token
-        probability.view(-1)[places] = found.probability
-        entropy.view(-1)[places] = found.entropy
-        return canvas_update(
-            self.canvas,
-            self.proposed,
-            probability,
-            probability,
-            entropy,
-            mask_token_id=MASK,
-            **self.rules,
-        )
-
     def __call__(self) -> StepResult:
-        self.canvas.copy_(self.batch.canvas)
         w, eps = self.weights, self.config.eps
-        x = w.embedding[self.canvas.flatten()]
+        planned = self.canvases.plan()
+        x = w.embedding[planned.tokens]
         residual = torch.zeros_like(x)
         for layer, cache in zip(w.layers, self.batch.caches, strict=True):
             x, residual = self.add_and_normalize(x, residual, layer.attention_norm, eps)
@@ -282,61 +252,6 @@ class Step:
             x, residual = self.add_and_normalize(x, residual, layer.mlp_norm, eps)
             x = F.linear(self.gate(F.linear(x, layer.gate_up)), layer.down)
         hidden, _ = self.add_and_normalize(x, residual, w.norm, eps)
-        logits = F.linear(hidden[self.batch.rows], w.head)
-        return StepResult(hidden, logits, self.canvas, self._decide(logits))
-
-
-def reference_step(
-    config: ModelConfig, weights: Weights, batch: Batch, compute_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Hidden states and logits of the step in plain PyTorch, attention dense over gathered KV, in
-    `compute_dtype` but for norms and rotations in at least fp32; the caches are left alone."""
-    c = config
-    wide = torch.promote_types(compute_dtype, torch.float32)
-    requests, block = batch.canvas.shape
-    cos, sin = (table.to(wide) for table in rotary_table(c, batch.position))
-    pages = batch.segments.page_table.long()
-    x = weights.embedding[batch.canvas.flatten()].to(compute_dtype)
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        product = x @ weight.to(compute_dtype).T
-        return product if bias is None else product + bias.to(compute_dtype)
-
-    def normalize(x: Tensor, weight: Tensor) -> Tensor:
-        scale = (x.to(wide).square().mean(dim=-1, keepdim=True) + c.eps).rsqrt()
-        return (x.to(wide) * scale * weight.to(wide)).to(compute_dtype)
-
-    def by_request(x: Tensor) -> Tensor:
-        return x.view(requests, -1, x.shape[-2], c.head_dim).transpose(1, 2)
-
-    for layer, cache in zip(weights.layers, batch.caches, strict=True):
-        qkv = linear(normalize(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
-        q, key, value = qkv.view(len(x), -1, c.head_dim).split(
-            (c.q_heads, c.kv_heads, c.kv_heads), dim=1
-        )
-        q, key = rotate(q, cos, sin), rotate(key, cos, sin)
-        gathered = cache[pages].transpose(1, 2).flatten(2, 3)[:, :, : batch.kv_len - block]
-        context = gathered.to(compute_dtype).transpose(2, 3)
-        keys = torch.cat([context[:, 0], by_request(key)], dim=2)
-        values = torch.cat([context[:, 1], by_request(value)], dim=2)
-        out = F.scaled_dot_product_attention(by_request(q), keys, values, enable_gqa=True)
-        x = x + linear(out.transpose(1, 2).reshape(len(x), -1), layer.o, layer.o_bias)
-        up = linear(normalize(x, layer.mlp_norm), layer.gate_up)
-        x = x + linear(gate(up), layer.down)
-    hidden = normalize(x, weights.norm)
-    return hidden, linear(hidden[batch.rows], weights.head)
-
-
-def check(step: Step) -> None:
-    """Raise RuntimeError unless the step's error against fp64 is at most twice that of eager
-    PyTorch in the model's dtype, for hidden states and logits alike."""
-    result = step()
-    inputs = (step.config, step.weights, step.batch)
-    eager = reference_step(*inputs, step.config.dtype)
-    exact = reference_step(*inputs, torch.float64)
-    for name, ours, plain, truth in zip(
-        ("hidden states", "logits"), result[:2], eager, exact, strict=True
-    ):
-        error, bound = (float((x.double() - truth).abs().max()) for x in (ours, plain))
-        if not error <= 2 * bound:
-            raise RuntimeError(f"{name}: error {error:.3g}, that of eager PyTorch is {bound:.3g}")
+        logits = F.linear(hidden[planned.rows], w.head)
+        drawn = draw_rows(logits, self.row_params, MASK, planned.packed.valid)
+        return StepResult(hidden, logits, self.canvases.decide(planned, drawn).tokens)
