@@ -15,8 +15,16 @@ EXTRAS = {
     "adapt": ["accelerate", "datasets", "matplotlib"],
     "demo": ["openai", "rich", "tqdm"],
     "test": [
-        *("httpx", "hypothesis", "jsonschema", "mypy", "openai", "ruff", "scipy"),
-        *("pytest", "pytest-timeout", "pytest-xdist"),
+        "httpx",
+        "hypothesis",
+        "jsonschema",
+        "mypy",
+        "openai",
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "scipy",
     ],
 }
 

@@ -20,6 +20,8 @@ from vllm_nbdiff.decoding.sampling import Drawn
 from vllm_nbdiff.engine import sampler
 from vllm_nbdiff.engine.constraints import ConstraintTable
 from vllm_nbdiff.engine.decoder import Decoder
+from vllm_nbdiff.engine.grammars import GrammarTable
+from vllm_nbdiff.engine.logprobs import LogprobTable
 from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine.sampler import RowSampler
 from vllm_nbdiff.engine.schedule import ScheduleReader
@@ -84,7 +86,13 @@ def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     lookahead = np.zeros(count + 1, np.int64)
     reader = ScheduleReader(option_table, table, text, lookahead, True, 512, device)
     schedule = reader.read(runner, 16)
-    decoder = Decoder(table, option_table, RowSampler(constraints, VOCAB - 1))
+    no_config: Any = None  # no request has a grammar
+    grammars = GrammarTable(no_config, count, text, VOCAB - 1)
+    logprobs = LogprobTable(count, LENGTH, VOCAB, "raw_logprobs", device)
+    for slot in range(0, count, 2):
+        logprobs.add_request(slot, slot)
+    rows_of_logits = RowSampler(constraints, grammars, logprobs, VOCAB - 1)
+    decoder = Decoder(table, option_table, rows_of_logits)
     decoder.begin(schedule)
     plan = decoder.plan()
     starts = torch.arange(count + 1, device=device, dtype=torch.int32) * 3 * LENGTH
@@ -96,5 +104,7 @@ def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder.decide(torch.zeros(len(needed), VOCAB, dtype=torch.bfloat16, device=device))
     decoder.end()
     counts = decoder.tally.columns(schedule.batch.decodes)
-    results = (ids, needed, decoder.emitted.tokens, decoder.emitted.count, counts)
+    scores = logprobs.collect(decoder.emitted.tokens)
+    assert scores is not None
+    results = (ids, needed, decoder.emitted.tokens, decoder.emitted.count, counts, scores.logprobs)
     assert all(tensor.device == device for tensor in (*results, table.tokens, table.fields))

@@ -108,17 +108,21 @@ def stock_texts() -> dict[str, list[Any]]:
         requests = greedy_requests()
         for _, own in requests:
             own.allowed_token_ids = [token for token in range(616) if token != MASK]
-        texts[backend] = endings(generate(llm, requests))
+        # Where nothing is left, stock vLLM takes token 0, and its matcher's refusal is an error.
+        texts[backend] = [
+            ("abort", []) if end == ("error", []) else end
+            for end in endings(generate(llm, requests))
+        ]
         del llm
     gc.collect()
     return texts
 
 
 def endings(outputs: list[Any]) -> list[Any]:
-    """Tokens and how they ended; of what ended with an error no tokens are kept."""
+    """Tokens and how they ended; of what did not end by itself no tokens are kept."""
     ends = [output.outputs[0] for output in outputs]
     return [
-        (end.finish_reason, [] if end.finish_reason == "error" else list(end.token_ids))
+        (end.finish_reason, list(end.token_ids) if end.finish_reason in ("stop", "length") else [])
         for end in ends
     ]
 
