@@ -160,7 +160,7 @@ class Canvases:
         plan, first = step.plan, step.plan.num_next
         count, rows = plan.rows.needed.shape
         spread = (step.packed.spread(field, count, rows)[:, first:] for field in drawn)
-        proposal = Proposal(plan.canvas[:, 0], plan.active[:, 0], *spread)
+        proposal = Proposal(plan.canvases.tokens[:, 0], plan.canvases.active[:, 0], *spread)
         accepted = decide.choose(plan, proposal, plan.look, self.facts)
         accepted &= proposal.token != self.facts.mask_token_id
         state = decide.fill(

@@ -22,6 +22,7 @@ MODES = ("diffusion", "verify", "ar", "auto")
 DEFAULT_DRAFT_LENGTH = 16
 DEFAULT_DRAFT_STEPS = 1
 DEFAULT_FREEDAVE_STEPS = 4
+DEFAULT_FAN_OUT = 4
 DEFAULT_MAX_DRAFTS = 8
 DEFAULT_EDITING_THRESHOLD = 0.5
 DEFAULT_MAX_POST_STEPS = 16
@@ -39,6 +40,7 @@ OPTION_KEYS = {
     "nbdiff_mode": "mode",
     "nbdiff_draft_length": "draft_length",
     "nbdiff_draft_steps": "draft_steps",
+    "nbdiff_fan_out": "fan_out",
     "nbdiff_fused_commit": "fused_commit",
     "nbdiff_block_cache": "block_cache",
     "nbdiff_editing_threshold": "editing_threshold",
@@ -50,7 +52,7 @@ _KEY_OF = {name: key for key, name in OPTION_KEYS.items()}
 _KEYS_OF_VLLM = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")
 
 _OF_DIFFUSION = {"small_blocks", "block_length", "max_steps", "block_cache"}
-_OF_VERIFY = {"draft_length", "draft_steps"}
+_OF_VERIFY = {"draft_length", "draft_steps", "fan_out"}
 _OF_DRAFTS = {"algorithm", "threshold", "fused_commit"}
 _OF_EDITS = {"editing_threshold", "max_post_steps"}
 # Options that a request cannot set in a mode, because they would change nothing.
@@ -101,6 +103,8 @@ class RequestOptions:
     """`verify`: tokens of a draft, the seed included; at most a block. Default: 16 or a block."""
     draft_steps: int | None = None
     """As given: of `verify_steps` in mode `verify`, of `num_drafts` with algorithm `freedave`."""
+    fan_out: int | None = None
+    """As given: of `break_points`."""
     fused_commit: bool = False
     """Commit a block in the forward that first denoises the next one, with its seed guessed; a
     wrong guess costs rows, never tokens."""
@@ -127,6 +131,15 @@ class RequestOptions:
     def verify_steps(self) -> int:
         """Denoise steps that draft a block which is then verified."""
         return self.draft_steps or DEFAULT_DRAFT_STEPS
+
+    @property
+    def break_points(self) -> int:
+        """Places at which a verified draft may break off for which the next one is made in the same
+        forward, at most; 0: drafts have forwards of their own."""
+        if self.mode not in ("verify", "auto") or self.fused_commit or self.verify_steps > 1:
+            return 0
+        most = DEFAULT_FAN_OUT if self.fan_out is None else self.fan_out
+        return min(most, self.draft_width)
 
     @property
     def num_drafts(self) -> int:
@@ -169,6 +182,10 @@ class RequestOptions:
         resolved = replace(self, threshold=float(threshold), small_blocks=small_blocks)
         if self.algorithm == FREEDAVE:
             resolved._check_freedave()
+        if self.fan_out and (self.fused_commit or self.verify_steps > 1):
+            other = "nbdiff_fused_commit" if self.fused_commit else "nbdiff_draft_steps above 1"
+            message = f"nbdiff_fan_out={self.fan_out} does not combine with {other}"
+            raise OptionError("nbdiff_fan_out", message)
         return resolved
 
     def _check_freedave(self) -> None:
@@ -203,7 +220,8 @@ def check_option(name: str, value: Any, max_block_length: int) -> None:
             wanted = f"a number of at least 0 and at most {limit:.0f}"
     else:
         steps = name in ("max_steps", "draft_steps", "max_post_steps")
-        least, most = int(name != "max_post_steps"), MAX_STEPS if steps else max_block_length
+        least = int(name not in ("max_post_steps", "fan_out"))
+        most = MAX_STEPS if steps else max_block_length
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             wanted = f"an integer of at least {least} and at most {most}"
     if wanted is not None:

@@ -27,6 +27,7 @@ class Options(NamedTuple):
     sub_block_length: Tensor  # int64
     max_steps: Tensor  # int64; where text is verified, denoise steps of a draft
     max_versions: Tensor  # int64, canvases looked at beside the canvas itself
+    fan_out: Tensor  # int64, most break points of a verified text for which a draft is made; 0: off
     last_position: Tensor  # int64, of the last token wanted
     first_stop: Tensor  # int64, position from which on a stop token ends the request
     prompt_length: Tensor  # int64
@@ -36,6 +37,8 @@ class Options(NamedTuple):
     rng_seed: Tensor  # int64
     max_post_steps: Tensor  # int64, steps that may edit a canvas without masks
     threshold: Tensor  # float32, the rule's parameter
+    least_chance: Tensor  # float32, of a break point for which a draft is made
+    least_survival: Tensor  # float32, chance of a column and all before it to be verified
     editing_threshold: Tensor  # float32, probability above which a filled position is edited
     temperature: Tensor  # float32
     top_p: Tensor  # float32
@@ -78,7 +81,7 @@ class CanvasTable:
         self.proposed = torch.full_like(self.tokens, NO_TOKEN)
         """What the last step proposed for columns that it left masked, NO_TOKEN elsewhere."""
         self.rank = torch.zeros((rows, length), device=device)
-        """Confidence of those."""
+        """Confidence of those; where drafts are made for break points, of the drafted tokens."""
         self.stops = torch.zeros((rows, vocab_size), dtype=torch.bool, device=device)
         """Tokens that end a request: what one lists costs no other anything."""
         self.columns = torch.arange(length, device=device)
@@ -110,10 +113,11 @@ class CanvasTable:
 
 
 def width_at(options: Options, start: Tensor, max_model_len: int) -> Tensor:
-    """Columns of canvases at positions `start` [B]; less than 1 where there is no room.
+    """Columns of canvases at positions `start` [B, ...]; less than 1 where there is no room.
 
     Diffusion decides a block as a whole, so it is cut only by `max_model_len`.
     """
-    width = torch.minimum(options.block_length, max_model_len - start)
-    wanted = options.last_position - start + 1
-    return torch.where(options.verifies, torch.minimum(width, wanted), width)
+    own = (options.block_length, options.last_position, options.verifies)
+    length, last, verifies = (field.view(-1, *[1] * (start.dim() - 1)) for field in own)
+    width = torch.minimum(length, max_model_len - start)
+    return torch.where(verifies, torch.minimum(width, last - start + 1), width)

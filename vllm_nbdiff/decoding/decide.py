@@ -152,7 +152,7 @@ def fill(
         tokens=torch.where(looked[:, None], canvas, state.tokens), step=state.step + looked
     )
     if facts.versions:
-        highest = torch.where(plan.exists, plan.segments.version[:, 1:], 0).amax(1)
+        highest = torch.where(looked, plan.canvases.exists.sum(1) - 1, 0)
         state = state._replace(copied=torch.maximum(state.copied, highest))
     if facts.caches:
         begin = sub_block_begin(proposal.active, plan.options.sub_block_length)

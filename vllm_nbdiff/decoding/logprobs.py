@@ -75,19 +75,21 @@ def decided(plan: Plan, token: Tensor, filled: Filled | None) -> tuple[Tensor, T
         token: [B, K] int64, drawn for each row.
         filled: None: no canvas was denoised.
     """
-    first, num_canvases = plan.num_next, plan.canvas.shape[1]
-    last = first + plan.active[0].numel()
+    first, num_canvases = plan.num_next, plan.canvases.tokens.shape[1]
+    last = first + plan.canvases.active[0].numel()
     used = plan.rows.needed.clone()
     used[:, first:] = False  # a seed that was guessed is drawn again when its block is committed
     if filled is None:
         return token, used
-    taken, chosen = torch.zeros_like(plan.active), torch.zeros_like(plan.canvas)
+    taken, chosen = torch.zeros_like(plan.canvases.active), torch.zeros_like(plan.canvases.tokens)
     level: int | Tensor = 0
     if filled.level is not None:
         # What a version was right about, the canvas one position less full decided.
         below = torch.arange(num_canvases - 1, device=token.device) < filled.level[:, None]
-        taken[:, :-1] = (plan.canvas[:, :-1] != plan.canvas[:, 1:]) & below[:, :, None]
-        chosen[:, :-1] = plan.canvas[:, 1:]
+        taken[:, :-1] = (plan.canvases.tokens[:, :-1] != plan.canvases.tokens[:, 1:]) & below[
+            :, :, None
+        ]
+        chosen[:, :-1] = plan.canvases.tokens[:, 1:]
         level = filled.level
     requests = torch.arange(len(token), device=token.device)
     taken[requests, level] = filled.accepted

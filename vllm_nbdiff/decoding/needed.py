@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding.canvas import Options
-from vllm_nbdiff.decoding.segments import Segments
+from vllm_nbdiff.decoding.segments import Canvases, Segments
 
 if TYPE_CHECKING:
     from vllm_nbdiff.decoding.plan import Batch, Facts, Plan
@@ -32,16 +32,12 @@ def needed_rows(
     facts: Facts,
     segments: Segments,
     text: Tensor,
-    width: Tensor,
-    low: Tensor,
-    high: Tensor,
-    canvas: Tensor,
-    active: Tensor,
-    exists: Tensor,
+    canvases: Canvases,
 ) -> tuple[int, Rows]:
     """How many of the rows are NEXT, and the rows."""
-    num_reqs, num_canvases, length = canvas.shape
-    columns = torch.arange(length, device=canvas.device)
+    num_reqs, num_canvases, length = canvases.tokens.shape
+    active, high = canvases.active, canvases.high
+    columns = torch.arange(length, device=active.device)
     # Verification asks what follows each column, a commit and the end of a prompt the last one.
     if facts.verifies:
         column = columns.expand(num_reqs, length)
@@ -61,17 +57,18 @@ def needed_rows(
         column = torch.where(ends, batch.scheduled[:, None] - 1, column)
 
     begins = segments.length.cumsum(1) - segments.length
-    begins = begins[:, -num_canvases:] - low[:, None]
+    begins = begins[:, -num_canvases:] - canvases.low
     # With a shift the row of column j - 1 predicts column j.
     offset = begins[:, :, None] + (columns - int(facts.family.shifts)).clamp(min=0)
     offsets, needs = [column, offset.flatten(1)], [needed, active.flatten(1)]
     if facts.guesses:
         # A seed is guessed where this step may fill the last masked position.
-        masked = (canvas[:, 0] == facts.mask_token_id) & (columns < width[:, None])
-        guesses = exists[:, 0] & options.fuses & (active[:, 0] == masked).all(1)
-        guesses &= high == width  # the last column is among the rows
+        width = canvases.width[:, :1]
+        masked = (canvases.tokens[:, 0] == facts.mask_token_id) & (columns < width)
+        guesses = canvases.exists[:, 0] & options.fuses & (active[:, 0] == masked).all(1)
+        guesses &= high[:, 0] == width[:, 0]  # the last column is among the rows
         needs.append(guesses[:, None])
-        offsets.append((begins[:, 0] + width - 1)[:, None])
+        offsets.append(begins[:, :1] + width - 1)
     return column.shape[1], Rows(torch.cat(needs, 1), torch.cat(offsets, 1))
 
 
@@ -85,15 +82,17 @@ class Predicted(NamedTuple):
 
 def predicted(plan: Plan, batch: Batch, owner: Tensor, place: Tensor) -> Predicted:
     """Of the rows at `place` [n] int64 among the K of the requests `owner` [n] int64."""
-    num_canvases, length = plan.canvas.shape[1:]
+    num_canvases, length = plan.canvases.tokens.shape[1:]
     column = place - plan.num_next
     canvas = torch.where((column >= 0) & (column < num_canvases * length), column // length, -1)
     is_fill, is_next = canvas >= 0, column < 0
     whole = batch.computed[owner] + batch.scheduled[owner]
     after = plan.text[owner] if plan.num_next == 1 else place + 1
     follows = torch.where(batch.decodes[owner], plan.state.start[owner] + after, whole)
-    inside = torch.where(is_fill, column % length, plan.width[owner])
-    position = torch.where(is_next, follows, plan.start[owner] + inside)
+    start, width = plan.canvases.start, plan.canvases.width
+    filled = start[owner, canvas.clamp(min=0)] + column % length
+    position = torch.where(is_fill, filled, start[owner, 0] + width[owner, 0])
+    position = torch.where(is_next, follows, position)
     # A draft that shares its random number with the verification is confirmed more often.
     step = torch.where(is_fill & ~plan.options.verifies[owner], plan.step[owner], 0)
     return Predicted(position, step, canvas)

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_nbdiff.decoding import versions
+from vllm_nbdiff.decoding import fan_out, versions
 from vllm_nbdiff.decoding.canvas import NO_TOKEN, Canvas, CanvasTable, Options, width_at
 from vllm_nbdiff.decoding.needed import Rows, needed_rows
 from vllm_nbdiff.decoding.rules import active_positions, even_quota, fill_quota
-from vllm_nbdiff.decoding.segments import Segments, lay_out
+from vllm_nbdiff.decoding.segments import Canvases, Segments, lay_out
 from vllm_nbdiff.families.family import NBDIFF, Family
 
 
@@ -38,6 +38,7 @@ class Facts(NamedTuple):
     caches: bool = True
     limits: bool = True  # some have a `max_steps` below NO_LIMIT
     versions: int = 0  # most versions of a request's canvas
+    fan_out: int = 0  # most break points of a request for which canvases are looked at
     rows: int = 0  # most rows of logits that one request needs
     family: Family = NBDIFF
     blocks: int = 1  # most segments of a request's text: blocks of a prompt, where they see all
@@ -47,7 +48,7 @@ class Facts(NamedTuple):
     @property
     def exclusive(self) -> bool:
         """Whether every request has one segment at most."""
-        return not (self.fuses or self.versions or self.blocks > 1)
+        return not (self.fuses or self.versions or self.fan_out or self.blocks > 1)
 
     @property
     def guesses(self) -> bool:
@@ -71,23 +72,20 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One forward. "Looked at" is the canvas that is denoised, if any, and its versions."""
+    """One forward. "Looked at" is the canvas that is denoised, if any, and its versions; or those
+    that begin where a text that is verified may break off."""
 
     state: Canvas  # as it was
     options: Options
     segments: Segments
     rows: Rows
     num_next: int  # of the K rows; the rest is C * L of FILL, then those of GUESS
+    canvases: Canvases  # that are looked at
     text: Tensor  # [B] int64, canvas columns that are committed or verified; 0: none
     reads: Tensor  # [B] bool, there are some, or the last token of a prompt: a canvas begins
     look: Tensor  # [B] bool, a canvas is denoised
     ahead: Tensor  # [B] bool, it is the next one, behind `text`
-    start: Tensor  # [B] int64, position of column 0 of the canvas looked at
-    width: Tensor  # [B] int64, its columns
     step: Tensor  # [B] int64, denoise steps done on it
-    canvas: Tensor  # [B, C, L] int64, the canvas looked at, then its versions
-    active: Tensor  # [B, C, L] bool, columns that may be filled
-    exists: Tensor  # [B, C] bool, whether it is looked at
     quota: Tensor | None  # [B] int64, least number of columns to fill; None: 1
 
 
@@ -112,6 +110,10 @@ def make_plan(
     if facts.verifies:
         drafted = options.verifies & (state.step >= options.max_steps) & ~full
         text = torch.where(drafted, (count == 0).sum(1), text)
+    if facts.fan_out:
+        known = torch.minimum((count == 0).sum(1), state.width)
+        known = fan_out.worthwhile(table.rank[batch.slot], known, options.least_survival)
+        text = torch.where((options.fan_out > 0) & decodes, known, text)
 
     start, width, step, canvas = state.start, state.width, state.step, state.tokens
     ahead = torch.zeros_like(full)
@@ -138,18 +140,19 @@ def make_plan(
     if facts.caches:
         low, high = _looked_columns(state, options, facts, active, width, look & ~ahead)
 
-    shown, active, exists = versions.add(table, state, options, batch, facts, canvas, active, look)
-    segments = lay_out(state, batch, facts, text, start, width, low, high, shown, exists)
-    num_next, rows = needed_rows(
-        options, batch, facts, segments, text, width, low, high, shown, active, exists
-    )
+    own = (look, start, width, low, high, width, torch.zeros_like(width))
+    canvases = Canvases(*(field[:, None] for field in (canvas, active, *own)))
+    canvases = versions.add(table, state, options, batch, facts, canvases)
+    if facts.fan_out:
+        canvases = fan_out.add(table, state, options, batch, facts, text, canvases)
+    segments = lay_out(state, batch, facts, text, canvases)
+    num_next, rows = needed_rows(options, batch, facts, segments, text, canvases)
     reads = text > 0
     if facts.prefills:
         reads |= batch.prompt_ends
     return Plan(
-        state, options, segments, rows, num_next, text, reads, look, ahead, start, width, step,
-        shown, active, exists, quota,
-    )  # fmt: skip
+        state, options, segments, rows, num_next, canvases, text, reads, look, ahead, step, quota
+    )
 
 
 def fixed_columns(options: Options, start: Tensor) -> Tensor:

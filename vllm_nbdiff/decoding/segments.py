@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from vllm_nbdiff.decoding.plan import Batch, Facts
 
 
+class Canvases(NamedTuple):
+    """C canvases of each request that a forward looks at, [B, C] each."""
+
+    tokens: Tensor  # [B, C, L] int64
+    active: Tensor  # [B, C, L] bool, columns that are predicted
+    exists: Tensor  # bool
+    start: Tensor  # int64, position of column 0
+    width: Tensor  # int64, columns in use
+    low: Tensor  # int64, first column that is computed
+    high: Tensor  # int64, the one behind the last that is computed
+    seen: Tensor  # int64, the one behind the last whose KV is seen
+    moved: Tensor  # int64, pages by which its pages lie behind those where text belongs
+
+
 class Segments(NamedTuple):
     """[B, S] each, in the order of a request's rows."""
 
@@ -26,22 +40,13 @@ class Segments(NamedTuple):
     length: Tensor  # int64, rows; 0: not used
     kv_length: Tensor  # int64, tokens whose KV is seen
     causal: Tensor  # bool, else every row sees all `kv_length` tokens
-    version: Tensor  # int64, whose pages hold the rows; 0: where text belongs
+    moved: Tensor  # int64, pages by which the rows' pages lie behind those where text belongs
     tokens: Tensor  # [B, S, L] int64, canvas of the segment
     base: Tensor  # int64, absolute position of its column 0
 
 
 def lay_out(
-    state: Canvas,
-    batch: Batch,
-    facts: Facts,
-    text: Tensor,
-    start: Tensor,
-    width: Tensor,
-    low: Tensor,
-    high: Tensor,
-    canvas: Tensor,
-    exists: Tensor,
+    state: Canvas, batch: Batch, facts: Facts, text: Tensor, canvases: Canvases
 ) -> Segments:
     """Segments for the text, then one for each canvas; or one in all.
 
@@ -50,12 +55,10 @@ def lay_out(
         batch: the scheduled requests.
         facts: of the batch.
         text: [B] int64, columns of the state's canvas that are text.
-        start, width: [B] int64, of the canvas looked at.
-        low, high: [B] int64, its columns that are computed.
-        canvas: [B, C, L] int64, the canvas looked at and its versions.
-        exists: [B, C] bool, whether it is looked at.
+        canvases: that are looked at.
     """
-    block_causal, block = facts.family.block_causal, canvas.shape[2]
+    tokens, _, exists, start, _, low, high, _, moved = canvases
+    block_causal, block = facts.family.block_causal, tokens.shape[2]
     text_start, text_rows = state.start, text
     if facts.prefills:
         text_start = torch.where(batch.decodes, state.start, batch.computed)
@@ -64,21 +67,20 @@ def lay_out(
             prompt = (batch.computed + prompt) // block * block - batch.computed
         text_rows = torch.where(batch.decodes, text, prompt)
     reads = text_rows > 0
+    looked = torch.where(exists, high - low, 0)
+    # With the block cache the KV of columns that are not computed is seen as well.
+    seen = start + canvases.seen
     if facts.exclusive:
-        looks = exists[:, 0]
-        look_rows = torch.where(looks, high - low, 0)
         causal = torch.zeros_like(reads) if block_causal else reads
         return Segments(
-            first=torch.where(reads, text_start, start + low)[:, None],
-            length=torch.where(reads, text_rows, look_rows)[:, None],
-            kv_length=torch.where(reads, text_start + text_rows, start + width)[:, None],
+            first=torch.where(reads[:, None], text_start[:, None], start + low),
+            length=torch.where(reads[:, None], text_rows[:, None], looked),
+            kv_length=torch.where(reads[:, None], (text_start + text_rows)[:, None], seen),
             causal=causal[:, None],
-            version=torch.zeros_like(text)[:, None],
-            tokens=canvas,
-            base=start[:, None],
+            moved=moved,
+            tokens=tokens,
+            base=start,
         )
-    levels = torch.arange(canvas.shape[1], device=canvas.device).expand(exists.shape)
-    looked = torch.where(exists, (high - low)[:, None], 0)
     first, length = text_start[:, None], text_rows[:, None]
     if facts.blocks > 1:
         begin = torch.arange(facts.blocks, device=text.device) * block
@@ -86,14 +88,14 @@ def lay_out(
         first = first + torch.minimum(begin, text_rows[:, None])
 
     def joined(texts: Tensor, others: Tensor) -> Tensor:
-        return torch.cat([texts, others.expand(exists.shape)], dim=1)
+        return torch.cat([texts, others], dim=1)
 
     return Segments(
-        first=joined(first, (start + low)[:, None]),
+        first=joined(first, start + low),
         length=joined(length, looked),
-        kv_length=joined(first + length, (start + width)[:, None]),
+        kv_length=joined(first + length, seen),
         causal=joined(torch.full_like(length, not block_causal).bool(), torch.zeros_like(exists)),
-        version=joined(torch.zeros_like(length), levels),
-        tokens=torch.cat([state.tokens[:, None].expand(-1, facts.blocks, -1), canvas], dim=1),
-        base=joined(state.start[:, None].expand_as(length), start[:, None]),
+        moved=joined(torch.zeros_like(length), moved),
+        tokens=joined(state.tokens[:, None].expand(-1, facts.blocks, -1), tokens),
+        base=joined(state.start[:, None].expand_as(length), start),
     )

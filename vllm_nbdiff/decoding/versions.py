@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vllm_nbdiff.decoding.canvas import NO_TOKEN, Canvas, CanvasTable, Options
 from vllm_nbdiff.decoding.rules import active_positions
+from vllm_nbdiff.decoding.segments import Canvases
 
 if TYPE_CHECKING:
     from vllm_nbdiff.decoding.plan import Batch, Facts
@@ -33,27 +34,28 @@ def add(
     options: Options,
     batch: Batch,
     facts: Facts,
-    canvas: Tensor,
-    active: Tensor,
-    look: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Canvases [B, C, L], their active columns and whether they are looked at [B, C].
+    canvas: Canvases,
+) -> Canvases:
+    """The canvas [B, 1] that is looked at, and behind it its versions.
 
     As many versions as requests ask for, have proposals for, and have pages and rows for.
     """
     if not facts.versions:
-        return canvas[:, None], active[:, None], look[:, None]
+        return canvas
     proposed = table.proposed[batch.slot]
-    count = _count(state, options, batch, facts, canvas, proposed, look)
-    shown = nested(canvas, proposed, table.rank[batch.slot], facts.versions)
+    tokens, look = canvas.tokens[:, 0], canvas.exists[:, 0]
+    pages = _touched_pages(state, facts)
+    count = _count(state, options, batch, facts, pages, tokens, proposed, look)
+    shown = nested(tokens, proposed, table.rank[batch.slot], facts.versions)
     masked = shown == facts.mask_token_id
     masked &= (table.columns < state.width[:, None])[:, None]
     level = torch.arange(facts.versions + 1, device=count.device)
     exists = look[:, None] & (level <= count[:, None])
     size = options.sub_block_length[:, None].expand(exists.shape)
-    more = active_positions(masked, size, None) & exists[:, :, None]
-    more[:, 0] = active
-    return shown, more, exists
+    active = active_positions(masked, size, None) & exists[:, :, None]
+    active[:, 0] = canvas.active[:, 0]
+    places = (field.expand(exists.shape) for field in canvas[3:-1])
+    return Canvases(shown, active, exists, *places, moved=level * pages[:, None])
 
 
 def nested(canvas: Tensor, proposed: Tensor, rank: Tensor, count: int) -> Tensor:
@@ -84,21 +86,26 @@ def _count(
     options: Options,
     batch: Batch,
     facts: Facts,
+    pages: Tensor,
     canvas: Tensor,
     proposed: Tensor,
     look: Tensor,
 ) -> Tensor:
-    """Versions [B] int64 of each request."""
+    """Versions [B] int64 of each request, whose canvases touch `pages` [B]."""
     columns = torch.arange(canvas.shape[1], device=canvas.device)
     masked = (canvas == facts.mask_token_id) & (columns < state.width[:, None])
     proposals = (proposed != NO_TOKEN).sum(1)
     count = torch.minimum(options.max_versions, torch.minimum(proposals, masked.sum(1) - 1))
     page = facts.page_size
-    first = state.start // page
-    pages = ((state.start + state.width + page - 1) // page - first).clamp(min=1)
-    fit = ((batch.room + page - 1) // page - first) // pages - 1
+    fit = ((batch.room + page - 1) // page - state.start // page) // pages - 1
     rows = batch.max_rows // state.width.clamp(min=1) - 1
     return torch.where(look, torch.minimum(count, torch.minimum(fit, rows)), 0).clamp(min=0)
+
+
+def _touched_pages(state: Canvas, facts: Facts) -> Tensor:
+    """[B] int64: pages of the canvases; a version has so many of its own."""
+    page = facts.page_size
+    return ((state.start + state.width + page - 1) // page - state.start // page).clamp(min=1)
 
 
 def last_right(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens to draft: the width of a canvas in mode `auto`.
+"""How much is drafted: the width of drafts in mode `auto`, and wherever drafts are made while the
+text before them is verified, what is worth its rows.
 
 All choices verify, so the text is always that of AR decoding; width 1 is AR decoding itself. The
-best width gives the most accepted tokens a second: rows are nearly free while a forward is bound by
+best choice gives the most accepted tokens a second: rows are nearly free while a forward is bound by
 reading weights, and cost their arithmetic beyond that. Both sides are measured: a forward's time by
 rows, and the acceptance, while serving.
 """
@@ -10,68 +11,43 @@ rows, and the acceptance, while serving.
 from __future__ import annotations
 
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding.emitted import Emitted
+from vllm_nbdiff.engine.cost import CostModel
 from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine.schedule import Schedule
 
 WIDTHS = (1, 8, 16, 32)
-_ROWS = np.array([1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
-# Until other counts of rows were seen, time is taken to grow with rows to this power.
-_GROWTH = 0.5
-_SPEED, _SHAPE = 0.2, 0.02  # weight of a forward in the machine's speed, in the cost by rows
 _NEAR = 0.2  # weight of a forward in host time
 _MEMORY = 0.98  # weight of what was known when a draft is verified
 _HYSTERESIS = 1.05
 _PROBE_EVERY, _HOPELESS = 32, 0.25
 
 
-class CostModel:
-    """Seconds of a model forward by its number of rows, linear between the counts of `_ROWS`.
+class Verified(NamedTuple):
+    """What one request's text in a forward showed."""
 
-    Learned from forwards that are run anyway. A count of rows that is seen for the first times says
-    how long such a forward takes; later how fast the machine is at the moment, which is all that a
-    busy one changes, is learned quickly and what rows cost slowly.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = np.ones(len(_ROWS))
-        self._seen = np.zeros(len(_ROWS))
-        self.slowness = 1.0
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """Learn from a forward that was run."""
-        if not self._seen.any():
-            self._seconds = seconds * (_ROWS / rows) ** _GROWTH
-        error = seconds / self.seconds(rows)
-        above = min(int(np.searchsorted(_ROWS, rows)), len(_ROWS) - 1)
-        below = max(above - 1, 0)
-        span = max(_ROWS[above] - _ROWS[below], 1)
-        share = float(np.clip((rows - _ROWS[below]) / span, 0, 1))
-        known = min(self._seen[above if share > 0.5 else below], 1 / _SHAPE)
-        speed = _SPEED * min(known / 4, 1)
-        self.slowness *= error**speed
-        error **= 1 - speed
-        for place, weight in ((above, share), (below, 1 - share)):
-            count = self._seen[place]
-            self._seconds[place] *= error ** (max(_SHAPE, 1 / (1 + count) ** 2) * weight)
-            self._seen[place] += weight
-
-    def seconds(self, rows: int) -> float:
-        """A forward of so many rows; more rows never take less."""
-        known = np.maximum.accumulate(self._seconds)
-        if rows <= _ROWS[-1]:
-            return self.slowness * float(np.interp(rows, _ROWS, known))
-        slope = (known[-1] - known[-2]) / (_ROWS[-1] - _ROWS[-2])
-        return self.slowness * float(known[-1] + slope * (rows - _ROWS[-1]))
+    width: int  # columns that a draft may have
+    text: int  # columns that were verified
+    accepted: int  # of them that held
+    hit: bool  # the next draft was made in the same forward
+    rows: int  # of the request in the forward
 
 
-class WidthChooser:
-    """Chooses one width for all `auto` requests of a batch."""
+class Limits(NamedTuple):
+    """What of a batch's drafts is worth its rows."""
+
+    chance: float  # of a break point for which a draft is made, at least
+    survival: float  # chance that a column and all before it hold, at least, to be verified
+
+
+class DraftChooser:
+    """Chooses one width for all `auto` requests of a batch, and what is verified and drafted."""
 
     def __init__(self, cost: CostModel, max_width: int, max_forwards: int) -> None:
         """
@@ -88,6 +64,10 @@ class WidthChooser:
         # How often a drafted column was right, of the times that all before it were.
         self._tried = np.ones(max_width)
         self._right = np.ones(max_width)
+        # By width: how often the next draft was there, and rows of a request.
+        self._hits = np.full(max_width + 1, 0.5)
+        self._rows = 1.5 * np.arange(max_width + 1)
+        self._rows[1] = 1
         self._choices = 0
         self._beside = 0.0  # seconds of a forward beside the model's
         self._between = 0.0  # seconds of a schedule outside of its forwards
@@ -103,25 +83,39 @@ class WidthChooser:
         between = max(seconds - forwards * (self.cost.seconds(rows) + self._beside), 0.0)
         self._between += _NEAR * (between - self._between)
 
-    def observe(self, width: int, accepted: int) -> None:
-        """Learn from a verified draft of `width` tokens, the first `accepted` of them right."""
-        seen = np.arange(1, min(accepted + 1, width))
-        self._tried[seen] = _MEMORY * self._tried[seen] + 1
-        self._right[seen] = _MEMORY * self._right[seen] + (seen < accepted)
+    def observe(self, seen: Verified) -> None:
+        """Learn from a text that was verified."""
+        near = 1 - _MEMORY
+        self._rows[seen.width] += near * (seen.rows - self._rows[seen.width])
+        if seen.text < 2:
+            return
+        self._hits[seen.width] += near * (seen.hit - self._hits[seen.width])
+        columns = np.arange(1, min(seen.accepted + 1, seen.text))
+        self._tried[columns] = _MEMORY * self._tried[columns] + 1
+        self._right[columns] = _MEMORY * self._right[columns] + (columns < seen.accepted)
 
     def tokens_per_forward(self, width: int) -> float:
-        """Expected: the seed and the drafted tokens before the first wrong one, in two forwards."""
+        """Expected of a request whose drafts have `width` columns.
+
+        A round is a forward that verifies, and where the draft is not there yet, one that makes it
+        and gives one token.
+        """
         if width == 1:
             return 1.0
-        return float(np.cumprod(self._right[:width] / self._tried[:width]).sum()) / 2
+        # Columns that hold in a round, the seed among them, and the token behind them.
+        whole = float(np.cumprod(self._right[:width] / self._tried[:width]).sum())
+        missing = 1 - self._hits[width]
+        return (whole + missing) / (1 + missing)
 
-    def speed(self, width: int, rows: int) -> float:
+    def speed(self, width: int, rows: float) -> float:
         """Expected tokens a second of one request, in forwards of `rows` rows."""
-        tokens = self.tokens_per_forward(width)
-        each = 1 if width == 1 else 2
-        drafts = (self.max_width - width) // max(each * tokens, 1) + 1
-        forwards = min(each * drafts, self.max_forwards)
-        return tokens / (self.cost.seconds(rows) + self._beside + self._between / forwards)
+        return self.tokens_per_forward(width) / self._seconds(width, rows)
+
+    def _seconds(self, width: int, rows: float) -> float:
+        """Of a forward of `rows` rows, with its share of what happens between schedules."""
+        most = (self.max_width - width) // max(self.tokens_per_forward(width), 1) + 1
+        forwards = min(most, self.max_forwards)
+        return self.cost.seconds(rows) + self._beside + self._between / forwards
 
     def choose(self, num_requests: int, other_rows: int) -> int:
         """The width of the next canvases.
@@ -132,7 +126,8 @@ class WidthChooser:
         """
         self._choices += 1
         speed = {
-            width: self.speed(width, num_requests * width + other_rows) for width in self.widths
+            width: self.speed(width, num_requests * self._rows[width] + other_rows)
+            for width in self.widths
         }
         best = max(speed, key=lambda width: speed[width])
         if speed[best] > _HYSTERESIS * speed[self.width]:
@@ -145,12 +140,31 @@ class WidthChooser:
         probe = self.widths[min(max(beside, 0), len(self.widths) - 1)]
         return probe if speed[probe] > _HOPELESS * speed[self.width] else self.width
 
+    def limits(self, width: int, num_requests: int, rows: int) -> Limits:
+        """What is worth its rows where all `num_requests` requests take as much.
+
+        A draft behind a break point saves its request a forward if the text breaks off there, a
+        column of a text gives it a token if it holds; either costs all requests of the batch time.
+
+        Args:
+            rows: of a forward now.
+        """
+        if width == 1:
+            return Limits(1.0, 0.0)
+        seconds, whole = self._seconds(width, rows), num_requests * (width - 1)
+        more = (self.cost.seconds(rows + whole) - self.cost.seconds(rows)) / seconds
+        return Limits(
+            chance=more * (2 - float(self._hits[width])),
+            survival=more / (width - 1) * self.tokens_per_forward(width),
+        )
+
 
 class AutoDrafts:
-    """Sets the draft length of `auto` requests, from what their forwards show.
+    """Sets how much requests draft, from what their forwards show.
 
     On a GPU nothing waits for that: what was accepted is read once it has arrived, and a forward
-    takes as long as it is until the next one is decided.
+    takes as long as it is until the next one is decided. What is scheduled there is computed, so
+    nothing of it is left out.
     """
 
     def __init__(self, options: OptionTable, steps_per_schedule: int, static: bool) -> None:
@@ -162,55 +176,70 @@ class AutoDrafts:
         """
         self.options = options
         self.static = static
-        self.chooser = WidthChooser(CostModel(), options.config.block_length, steps_per_schedule)
-        self._auto = np.zeros(0, np.bool_)
-        self._arriving: list[tuple[torch.cuda.Event, np.ndarray, Tensor]] = []
+        self.chooser = DraftChooser(CostModel(), options.config.block_length, steps_per_schedule)
+        self._drafting = np.zeros(0, np.bool_)
+        self._arriving: list[tuple[torch.cuda.Event, np.ndarray, np.ndarray, Tensor]] = []
         self._ended: float | None = None  # time of the end of the last schedule, if it was plain
         self._rows = 0
 
     def begin_schedule(self, schedule: Schedule) -> None:
-        """Choose the draft length of canvases that begin in this schedule."""
-        auto = self.options.is_auto[schedule.slots] & schedule.decodes
-        self._auto = self.options.is_auto[schedule.slots]
-        self._rows = int(schedule.scheduled.sum())
-        if not self._auto.any():
+        """Choose how much canvases that begin in this schedule draft."""
+        options, slots = self.options, schedule.slots
+        auto = options.is_auto[slots]
+        self._drafting = auto | (options.host["fan_out"][slots] > 0)
+        self._widths = options.host["block_length"][slots].copy()
+        if self.static:
+            self._rows = int(schedule.scheduled.sum())
+        if not self._drafting.any():
             return
         while self._arriving and self._arriving[0][0].query():
-            _, chosen, numbers = self._arriving.pop(0)
-            self._learn(chosen, numbers.numpy())
-        others = ~self._auto & schedule.decodes
-        width = self.chooser.choose(max(int(auto.sum()), 1), int(schedule.scheduled[others].sum()))
-        self.options.set_draft_length(schedule.slots[self._auto], width)
+            _, chosen, widths, numbers = self._arriving.pop(0)
+            self._learn(chosen, widths, numbers.numpy())
+        own = auto & schedule.decodes
+        if auto.any():
+            others = int(schedule.scheduled[schedule.decodes & ~auto].sum())
+            width = self.chooser.choose(max(int(own.sum()), 1), others)
+            options.set_draft_length(slots[auto], width)
+        if not self.static:
+            self._set_limits(slots, self._drafting & schedule.decodes)
 
-    def observe_drafts(self, read: tuple[Tensor, Tensor] | None) -> None:
-        """Learn from verified texts: tokens [B], and how many of them held [B]."""
-        if read is None or not self._auto.any():
+    def _set_limits(self, slots: np.ndarray, drafting: np.ndarray) -> None:
+        count, widths = int(drafting.sum()), self.options.host["block_length"][slots]
+        for width in set(widths[drafting].tolist()):
+            limits = self.chooser.limits(width, count, self._rows)
+            self.options.set_limits(slots[drafting & (widths == width)], *limits)
+
+    def observe_drafts(self, read: tuple[Tensor, ...] | None) -> None:
+        """Learn from verified texts: [B] each, of `Verified` what follows the width."""
+        if read is None or not self._drafting.any():
             return
         numbers = torch.stack(read)
         if numbers.is_cuda:
             event = torch.cuda.Event()
             there = numbers.to("cpu", non_blocking=True)
             event.record()
-            self._arriving.append((event, self._auto, there))
+            self._arriving.append((event, self._drafting, self._widths, there))
         else:
-            self._learn(self._auto, numbers.numpy())
+            self._learn(self._drafting, self._widths, numbers.numpy())
 
-    def _learn(self, chosen: np.ndarray, numbers: np.ndarray) -> None:
-        for width, accepted in numbers[:, chosen].T.tolist():
-            if width > 1:
-                self.chooser.observe(width, accepted)
+    def _learn(self, chosen: np.ndarray, widths: np.ndarray, numbers: np.ndarray) -> None:
+        for width, (text, accepted, hit, rows) in zip(
+            widths[chosen].tolist(), numbers[:, chosen].T.tolist(), strict=True
+        ):
+            if text > 0:
+                self.chooser.observe(Verified(width, text, accepted, bool(hit), rows))
 
     def observe_forward(self, rows: int, model: float, whole: float) -> None:
-        """As `WidthChooser.observe_forward`."""
+        """As `DraftChooser.observe_forward`."""
         self._rows = rows
-        if self._auto.any():
+        if self._drafting.any():
             self.chooser.observe_forward(rows, model, whole)
 
     def end_schedule(self, forwards: int, emitted: Emitted, prefills: bool) -> None:
         """Learn from the time between schedules: this one's forwards, what it emitted, and whether
         it held prompts."""
         now = perf_counter()
-        if self._auto.any() and self._ended is not None:
+        if self._drafting.any() and self._ended is not None:
             if self.static:
                 self.chooser.observe_forward(self._rows, now - self._ended, now - self._ended)
             else:

@@ -163,7 +163,9 @@ class ConstraintTable:
             for words in constraints.bad_words:
                 canvas, taken = proposal.canvas[request], accepted[request]
                 known = canvas != schedule.facts.mask_token_id
-                known &= torch.arange(len(known), device=known.device) < plan.width[request]
+                known &= (
+                    torch.arange(len(known), device=known.device) < plan.canvases.width[request, 0]
+                )
                 accepted[request] = words.undo(
                     taken,
                     known,
@@ -195,16 +197,15 @@ def context_of(plan: Plan, packed: Packed, schedule: Schedule) -> Context:
     """What the rows that are `packed` see: a canvas position the filled ones of its canvas, a next
     token what stands before it."""
     batch, owner = schedule.batch, packed.owner
-    row, length = predicted(plan, batch, owner, packed.place), plan.canvas.shape[2]
+    row, length = predicted(plan, batch, owner, packed.place), plan.canvases.tokens.shape[2]
     position, is_fill = row.position, row.canvas >= 0
-    canvas = torch.where(
-        is_fill[:, None], plan.canvas[owner, row.canvas.clamp(min=0)], plan.state.tokens[owner]
-    )
+    place = owner, row.canvas.clamp(min=0)
+    canvas = torch.where(is_fill[:, None], plan.canvases.tokens[place], plan.state.tokens[owner])
     text_end = torch.where(batch.decodes[owner], plan.state.start[owner], position)
-    seen = torch.where(is_fill, plan.width[owner], position - text_end)
+    seen = torch.where(is_fill, plan.canvases.width[place], position - text_end)
     columns = torch.arange(length, device=canvas.device)
     known = (canvas != schedule.facts.mask_token_id) & (columns < seen[:, None])
     if schedule.facts.edits:
         # What stands at the position itself is what may be replaced.
-        known &= ~is_fill[:, None] | (columns != (position - plan.start[owner])[:, None])
+        known &= ~is_fill[:, None] | (columns != (position - plan.canvases.start[place])[:, None])
     return Context(batch.slot[owner], text_end, canvas, known, position, row.canvas < 0)

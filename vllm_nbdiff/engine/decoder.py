@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_nbdiff.decoding import decide, versions
+from vllm_nbdiff.decoding import decide, fan_out, versions
 from vllm_nbdiff.decoding.canvas import NO_TOKEN, Canvas, CanvasTable
 from vllm_nbdiff.decoding.decide import Proposal, Text
 from vllm_nbdiff.decoding.emitted import Emitted
@@ -33,8 +33,9 @@ class Decoder:
         self.table = table
         self.options = options
         self.sampler = sampler
-        self.read: tuple[Tensor, Tensor] | None = None
-        """Of the last forward: tokens [B] that were verified, and of them those that held."""
+        self.read: tuple[Tensor, ...] | None = None
+        """Of the last forward, [B] each: tokens that were verified, of them those that held,
+        whether the next draft is there, and rows."""
         self._filled: Filled | None = None
         """By the last forward."""
 
@@ -92,7 +93,7 @@ class Decoder:
         state, looked = plan.state, plan.look & ~plan.ahead
         self._filled = None
         if reads:
-            state, looked = self._read_text(spread[0], looked)
+            state, looked = self._read_text(spread, looked)
         if self._worth(looked):
             state = self._fill(spread, packed, state, looked)
         if self.sampler.logprobs.asked and len(packed.owner):
@@ -134,10 +135,10 @@ class Decoder:
         count, rows = self._plan.rows.needed.shape
         return self._packed.spread(values, count, rows)
 
-    def _read_text(self, token: Tensor, looked: Tensor) -> tuple[Canvas, Tensor]:
+    def _read_text(self, spread: list[Tensor], looked: Tensor) -> tuple[Canvas, Tensor]:
         """Commit or verify canvases, begin the next ones; which of those to fill."""
         plan, batch, facts = self._plan, self.schedule.batch, self.schedule.facts
-        following = token[:, : plan.num_next]
+        following = spread[0][:, : plan.num_next]
         text = decide.read_text(self.table, plan, batch, facts, following)
         tokens = plan.state.tokens
         self._keep_text(text.length)
@@ -152,8 +153,14 @@ class Decoder:
             ends &= self.emitted.count < batch.scheduled
             self.emitted.append(text.seed[:, None], ends.long())
             self.emitted.ended |= ends
-        self._count_text(plan, text)
         state = decide.begin_canvases(self.table, plan, text, batch, facts)
+        hit = torch.zeros_like(text.kept)
+        if facts.fan_out:
+            found = fan_out.drafts(
+                plan, text, *map(self._of_canvases, spread[:2]), facts.mask_token_id
+            )
+            state, hit = fan_out.keep(self.table, plan, batch, state, found), found.hit
+        self._count_text(plan, text, hit)
         if facts.family.thinking_budget:
             state = self.sampler.constraints.end_thinking(state, plan.reads, self.schedule)
         return state, looked | text.kept
@@ -190,8 +197,8 @@ class Decoder:
         batch, facts = schedule.batch, schedule.facts
         level = self._level(spread)
         proposal = Proposal(
-            self._of_level(plan.canvas, level),
-            self._of_level(plan.active, level),
+            self._of_level(plan.canvases.tokens, level),
+            self._of_level(plan.canvases.active, level),
             *(self._of_level(self._of_canvases(field), level) for field in spread),
         )
         accepted = decide.choose(plan, proposal, looked, facts)
@@ -223,7 +230,7 @@ class Decoder:
 
     def _of_canvases(self, values: Tensor) -> Tensor:
         """[B, C, L]: of [B, K] rows those of the canvases."""
-        shape, first = self._plan.canvas.shape, self._plan.num_next
+        shape, first = self._plan.canvases.tokens.shape, self._plan.num_next
         return values[:, first : first + shape[1] * shape[2]].reshape(shape)
 
     def _level(self, spread: list[Tensor]) -> Tensor | None:
@@ -232,7 +239,9 @@ class Decoder:
             return None
         plan = self._plan
         token, confidence = self._of_canvases(spread[0]), self._of_canvases(spread[2])
-        return versions.last_right(plan.canvas, plan.exists, plan.active, token, confidence)
+        return versions.last_right(
+            plan.canvases.tokens, plan.canvases.exists, plan.canvases.active, token, confidence
+        )
 
     @staticmethod
     def _of_level(values: Tensor, level: Tensor | None) -> Tensor:
@@ -250,7 +259,7 @@ class Decoder:
         level: Tensor | None,
     ) -> tuple[Proposal, Tensor]:
         """Fill the likeliest position of each `stuck` [B] request with its best other token."""
-        wanted = torch.zeros_like(self._plan.active)
+        wanted = torch.zeros_like(self._plan.canvases.active)
         requests = torch.arange(len(stuck), device=stuck.device)
         of_stuck = proposal.active & stuck[:, None]
         if self.schedule.facts.edits:
@@ -273,8 +282,8 @@ class Decoder:
         token = torch.where(token == mask, int(mask == 0), token)
         return proposal._replace(token=torch.where(best, token, proposal.token)), accepted | best
 
-    def _count_text(self, plan: Plan, text: Text) -> None:
-        """Add what was read to the counts."""
+    def _count_text(self, plan: Plan, text: Text, hit: Tensor) -> None:
+        """Add what was read to the counts; `hit` [B] bool: whose next draft is there already."""
         facts = self.schedule.facts
         if facts.guesses:
             self.tally.add_guesses(plan.ahead, text.kept)
@@ -283,7 +292,8 @@ class Decoder:
             self.tally.add_drafts(
                 torch.where(verified, plan.text - 1, 0), torch.where(verified, text.length - 1, 0)
             )
-            self.read = plan.text, text.length
+            rows = plan.segments.length.sum(1)
+            self.read = plan.text, text.length, hit.long(), rows
 
     def goes_on(self) -> bool:
         """Whether another forward may run before the scheduler has to know.

@@ -5,8 +5,10 @@ A forward writes the KV of all its rows first, then every segment attends to the
 request, so a request may own several segments: a block that is committed and the canvas of the
 next one, for example.
 
-A canvas is also computed in versions that must not see each other. Version n has pages of its own:
-where the canvas touches p pages, the n-th p pages behind them, which hold no text yet.
+Canvases of a request that must not see each other, versions of one or those of several break points,
+have pages of their own behind those of the text, which hold no text yet. What lies on the first of
+them before the canvas is copied there: text of earlier forwards by pages, rows of this one when
+their KV is written (kv_copies.py).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_nbdiff.decoding.plan import Batch, Facts, Plan
 from vllm_nbdiff.decoding.rows import TokenRows, token_rows
 from vllm_nbdiff.decoding.segments import Segments
+from vllm_nbdiff.engine.kv_copies import KVCopies, copied_pages, copied_rows
 
 
 @dataclass
@@ -56,12 +59,6 @@ class Forward:
             yield
 
 
-def touched_pages(segments: Segments, page_size: int) -> tuple[Tensor, Tensor]:
-    """The first page of the request that a version replaces, and how many, [B, S] int64 each."""
-    first = segments.first // page_size
-    return first, (segments.kv_length + page_size - 1) // page_size - first
-
-
 @dataclass
 class PagedBatch:
     """Where the KV of the scheduled requests lies: what all forwards of one schedule share."""
@@ -74,6 +71,7 @@ class PagedBatch:
     vllm_config: VllmConfig
     causal: Tensor  # [requests] int32, the same memory in every schedule: CUDA graphs read it
     is_graph: bool  # the forward is a replayed graph, whose padding takes part
+    copies: KVCopies  # rows whose KV is written to other slots too
 
     def __post_init__(self) -> None:
         groups = self.kv_cache_config.kv_cache_groups
@@ -97,8 +95,8 @@ class PagedBatch:
             slot_mapping = build_slot_mappings_by_layer(slots, self.kv_cache_config)
             metadata = self._own_metadata(segments, slots, facts)
         ids = rows.tokens(segments, self._prompt_ids(rows, facts), batch.decodes)
-        if facts.versions:
-            self._copy_text(plan, facts)
+        count = segments.length.sum(1)
+        self._copy(plan, facts, count.cumsum(0) - count)
         self._previous = Forward(
             segments, rows, ids.int(), metadata, slot_mapping, self.vllm_config
         )
@@ -122,8 +120,7 @@ class PagedBatch:
         self.slot_mappings[0, :total] = torch.where(
             rows.valid, self._slots(segments, rows), PAD_SLOT_ID
         )
-        if facts.versions:
-            self._copy_text(plan, facts)
+        self._copy(plan, facts, starts[:count])
         if facts.exclusive:
             reads = segments.causal[:, 0]
             # Padding follows a request's rows, and would see more than they do.
@@ -187,43 +184,35 @@ class PagedBatch:
     def _slots(self, segments: Segments, rows: TokenRows) -> Tensor:
         """KV slot of every row, [T] int64."""
         page = rows.position // self.page_size
-        if segments.version.shape[1] > 1:
-            _, count = touched_pages(segments, self.page_size)
-            page = page + (segments.version * count).flatten()[rows.segment]
+        if segments.moved.shape[1] > 1:
+            page = page + segments.moved.flatten()[rows.segment]
         table = self.block_tables[0]
         page = page.clamp(max=table.shape[1] - 1)
         return table[rows.owner, page].long() * self.page_size + rows.position % self.page_size
 
-    def _copy_text(self, plan: Plan, facts: Facts) -> None:
-        """Give versions that are new to a canvas the text before it on its first page."""
-        segments = plan.segments
-        fresh = (segments.version > plan.state.copied[:, None]) & (segments.length > 0)
-        fresh &= segments.first % self.page_size > 0
-        first, count = touched_pages(segments, self.page_size)
-        table = self.block_tables[0][: len(first)].long()
-        last = table.shape[1] - 1
-        source = table.gather(1, first.clamp(max=last))
-        target = table.gather(1, (first + segments.version * count).clamp(max=last))
-        if facts.static:
-            # What is not new copies vLLM's null page onto itself.
-            source = torch.where(fresh, source, 0).flatten()
-            target = torch.where(fresh, target, 0).flatten()
-        else:
-            source, target = source[fresh], target[fresh]
+    def _copy(self, plan: Plan, facts: Facts, begin: Tensor) -> None:
+        """Give canvases that have pages of their own the text before them on the first of these;
+        rows of a request are those from `begin` [B] on."""
+        self.copies.clear()
+        if not (facts.versions or facts.fan_out):
+            return
+        table = self.block_tables[0][: len(begin)].long()
+        source, target = copied_pages(plan, table, self.page_size, facts.static)
         if len(source):
             for cache in self._kv_caches:
                 cache[target] = cache[source]
+        if facts.fan_out:
+            self.copies.set(*copied_rows(plan, table, self.page_size, begin, facts.static))
 
     def _segment_tables(self, segments: Segments, facts: Facts) -> Tensor:
         """Page-table row of every segment, [B, S, pages] int32."""
         table = self.block_tables[0][: len(segments.first), None]
         table = table.expand(-1, segments.first.shape[1], -1)
-        if not facts.versions:
+        if not (facts.versions or facts.fan_out):
             return table
-        first, count = touched_pages(segments, self.page_size)
         page = torch.arange(table.shape[2], device=table.device)
-        own = (page >= first[..., None]) & (page < (first + count)[..., None])
-        shift = torch.where(own, (segments.version * count)[..., None], 0)
+        first = (segments.first // self.page_size)[..., None]
+        shift = torch.where(page >= first, segments.moved[..., None], 0)
         return table.gather(2, (page + shift).clamp(max=table.shape[2] - 1))
 
     def _own_metadata(self, segments: Segments, slots: Tensor, facts: Facts) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class GrammarTable:
         columns and tokens of its canvas."""
         batch = schedule.batch
         end = torch.where(batch.decodes, plan.state.start, batch.computed + batch.scheduled)
-        width = torch.where(batch.decodes, plan.width, 0)
+        width = torch.where(batch.decodes, plan.canvases.width[:, 0], 0)
         numbers = torch.stack([end, plan.text, width], dim=1)
         index = async_tensor_h2d(requests, dtype=torch.int64, device=end.device)
         return torch.cat([numbers, plan.state.tokens], dim=1)[index].tolist()

@@ -36,6 +36,9 @@ def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: 
     """
     if config.static_shapes:
         parts = 1 + num_drafts(options, config, limit) + fits_next_block(options, config, limit)
+        parts = min(
+            parts + most_break_points(options, config), limit // _canvas_width(options, config)
+        )
         return _canvas_width(options, config) * parts
     return options.block_length if options.mode == "diffusion" else config.block_length
 
@@ -57,6 +60,9 @@ def lookahead_tokens(
     width = _canvas_width(options, config)
     tokens = draft_room(num_drafts(options, config, limit), width, page_size)
     tokens += width * fits_next_block(options, config, limit)
+    if points := most_break_points(options, config):
+        # Behind a whole text a canvas, and behind it those of other break points.
+        tokens += width + page_size + points * (width + page_size - 1) // page_size * page_size
     if config.static_shapes:
         tokens -= canvas_tokens(options, config, limit) - width
     return tokens
@@ -65,6 +71,11 @@ def lookahead_tokens(
 def num_drafts(options: RequestOptions, config: BlockDiffusionConfig, limit: int) -> int:
     """Canvases beside its own that a forward may compute for a request."""
     return min(options.num_drafts, limit // _canvas_width(options, config) - 1)
+
+
+def most_break_points(options: RequestOptions, config: BlockDiffusionConfig) -> int:
+    """Canvases that a forward may compute beside the text that it verifies."""
+    return options.break_points if config.family.context == "causal" else 0
 
 
 def fits_next_block(options: RequestOptions, config: BlockDiffusionConfig, limit: int) -> bool:

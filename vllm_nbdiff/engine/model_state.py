@@ -31,6 +31,7 @@ from vllm_nbdiff.engine.counts import CountedOutput, count_nans
 from vllm_nbdiff.engine.decoder import Decoder
 from vllm_nbdiff.engine.forward import PagedBatch
 from vllm_nbdiff.engine.grammars import GrammarTable
+from vllm_nbdiff.engine.kv_copies import KVCopies
 from vllm_nbdiff.engine.logprobs import LogprobTable
 from vllm_nbdiff.engine.lookahead import lookahead_tokens, row_limit
 from vllm_nbdiff.engine.loop import ForwardLoop
@@ -66,6 +67,7 @@ class NBDiffModelState(ModelState):
         self._page_size = 0
         self._row_limit = row_limit(vllm_config, self.config)
         self._lookahead = np.zeros(self.max_num_reqs + 1, np.int64)
+        self._copies = KVCopies()
         self._causal = torch.ones(self.max_num_reqs + 1, dtype=torch.int32, device=device)
 
     def _steps_per_schedule(self) -> int:
@@ -152,7 +154,11 @@ class NBDiffModelState(ModelState):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
         """Called when all is loaded, before graphs are captured."""
-        self._page_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        group = kv_cache_config.kv_cache_groups[0]
+        self._page_size = group.kv_cache_spec.block_size
+        if not self.config.family.block_causal:
+            layers = self.vllm_config.compilation_config.static_forward_context
+            self._copies.attach([layers[name] for name in group.layer_names])
 
     def prepare_inputs_embeds(
         self,
@@ -196,9 +202,11 @@ class NBDiffModelState(ModelState):
             self.vllm_config,
             self._causal,
             cudagraph_mode == CUDAGraphMode.FULL,
+            self._copies,
         )
         if input_batch.num_draft_tokens_per_req is None:  # a dummy batch
             self._causal.fill_(1)
+            self._copies.clear()
             return paged.of_runner(self.max_model_len)
         self.options.upload()
         schedule = self.reader.read(input_batch, paged.page_size, paged.is_graph)

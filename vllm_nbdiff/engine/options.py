@@ -13,7 +13,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.decoding.canvas import NO_LIMIT, Options
 from vllm_nbdiff.decoding.rules import RULES
-from vllm_nbdiff.engine.lookahead import fits_next_block, num_drafts
+from vllm_nbdiff.engine.lookahead import fits_next_block, most_break_points, num_drafts
 from vllm_nbdiff.request import RequestOptions, parse_options
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class OptionTable:
             "sub_block_length": length if lossless else length // options.small_blocks,
             "max_steps": options.verify_steps if lossless else steps,
             "max_versions": num_drafts(options, self.config, self.row_limit),
+            "fan_out": 0 if constrained else most_break_points(options, self.config),
             "last_position": min(prompt_len + params.max_tokens, self.max_model_len) - 1,
             "first_stop": prompt_len + max(params.min_tokens, 1) - 1,
             "prompt_length": prompt_len,
@@ -102,6 +103,8 @@ class OptionTable:
             "rng_seed": drawn if params.seed is None else params.seed,
             "max_post_steps": options.max_post_steps if rule.edits else 0,
             "threshold": self._strict(options.threshold),
+            "least_chance": 0,
+            "least_survival": 0,
             "editing_threshold": options.editing_threshold,
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -133,6 +136,12 @@ class OptionTable:
         self.host["sub_block_length"][slots] = length
         self._changed.update(slots.tolist())
         self.num_changes += 1
+
+    def set_limits(self, slots: np.ndarray, chance: float, survival: float) -> None:
+        """Draft for break points that are at least so likely, and verify columns that are."""
+        self.host["least_chance"][slots] = chance
+        self.host["least_survival"][slots] = survival
+        self._changed.update(slots.tolist())
 
     def read(self, slot: Tensor) -> Options:
         """Options of the requests in `slot` [B], as `upload` left them."""

@@ -112,7 +112,7 @@ class RowSampler:
 
     def _fills(self, plan: Plan, packed: Packed) -> Tensor:
         """[n] bool: whether a row is for a canvas position."""
-        end = plan.num_next + plan.active[0].numel()
+        end = plan.num_next + plan.canvases.active[0].numel()
         return (packed.place >= plan.num_next) & (packed.place < end)
 
     def _row_params(self, plan: Plan, packed: Packed, schedule: Schedule) -> RowParams | None:

@@ -17,7 +17,7 @@ from vllm_nbdiff.decoding.sampling import Asked
 from vllm_nbdiff.engine.options import OptionTable
 
 _FACTS = (
-    *("max_steps", "verifies", "fuses", "caches", "max_versions", "rule"),
+    *("max_steps", "verifies", "fuses", "caches", "max_versions", "fan_out", "rule"),
     *("block_length", "sub_block_length", "splits", "edits"),
 )
 
@@ -132,7 +132,8 @@ class ScheduleReader:
         them little, or a block.
         """
         host = self.options.host
-        users = int(np.count_nonzero((host["max_versions"][slots] > 0) | host["fuses"][slots]))
+        more = (host["max_versions"][slots] > 0) | (host["fan_out"][slots] > 0)
+        users = int(np.count_nonzero(more | host["fuses"][slots]))
         if not users:
             return 0
         share = (self.max_rows - scheduled) // users
@@ -169,6 +170,7 @@ class ScheduleReader:
         if is_graph:
             host["fuses"] = np.zeros_like(host["fuses"])
             host["max_versions"] = np.zeros_like(host["max_versions"])
+            host["fan_out"] = np.zeros_like(host["fan_out"])
         limited = host["max_steps"] < NO_LIMIT
         verifies, fuses, versions = host["verifies"], host["fuses"], host["max_versions"]
         next_rows = np.where(verifies & decodes, host["block_length"], 1)
@@ -177,6 +179,8 @@ class ScheduleReader:
         )
         fill_rows = np.where(decodes, fill_rows * (1 + versions), 0)
         most = np.where(fuses, next_rows + fill_rows + 1, np.maximum(next_rows, fill_rows))
+        drafted = next_rows + host["fan_out"] * (host["block_length"] - 1)
+        most = np.where(host["fan_out"] * decodes > 0, drafted, most)
         return Facts(
             mask_token_id=config.mask_token_id,
             max_model_len=self.options.max_model_len,
@@ -189,6 +193,7 @@ class ScheduleReader:
             caches=bool(host["caches"].any()),
             limits=bool(limited.any()),
             versions=int(versions.max()),
+            fan_out=int((host["fan_out"] * decodes).max()),
             rows=int(most.max()),
             family=config.family,
             blocks=blocks,

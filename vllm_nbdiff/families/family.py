@@ -99,7 +99,7 @@ NBDIFF = Family(
     modes=("diffusion", *LOSSLESS_MODES),
     algorithms=(*MASKED_RULES, "freedave"),
     options=(
-        *("small_blocks", "block_length", "draft_length", "draft_steps"),
+        *("small_blocks", "block_length", "draft_length", "draft_steps", "fan_out"),
         *("fused_commit", "block_cache"),
     ),
     sub_block_length=8,
@@ -116,7 +116,10 @@ NEMOTRON = Family(
     seed="always",
     inclusive=True,
     modes=("diffusion", *LOSSLESS_MODES),
-    options=("small_blocks", "block_length", "draft_length", "draft_steps", "block_cache"),
+    options=(
+        *("small_blocks", "block_length", "draft_length", "draft_steps", "fan_out"),
+        "block_cache",
+    ),
     block_length_key="block_size",
     mask_token_ids={"nemotron_labs_diffusion": 100},
     thinking_budget=True,
