@@ -5,12 +5,12 @@
 
 A draft of L - 1 tokens behind a known token is read off masks in one forward. That token's row is
 either one of the canvas, which sees the masks (`bidirectional`), or causal (`causal`): then the row
-gives the next token exactly, as AR decoding does, and the masks see KV that is final. Where drafts
-are made for a break point of a round that is still being verified, the next token is not known yet:
-the drafts begin behind it (`fan-out`).
+gives the next token exactly, as AR decoding does, and the masks see KV that is final.
 
-Plain transformers on AR decoding's own text; every answer's positions in turn. Temperature 1: drafts
-share the random number of their position with AR decoding. Prints a table and one JSON line.
+Plain transformers on AR decoding's own text; every answer's positions in turn. At temperature 1
+drafts share the random number of their position with AR decoding. Then the schemes themselves, by
+the columns of a draft: tokens a forward with a forward of its own for each draft, the token before
+it as above, and with a draft there for every break point. Prints tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from benchmarks.nano import CHECKPOINT
 from vllm_nbdiff.adapt.problems import held_out
 
 MOST_TOKENS = 256
-SCHEMES = ("bidirectional", "causal", "fan-out")
+SCHEMES = ("bidirectional", "causal")
 
 
 def visibility(known: int, length: int, causal: bool) -> Tensor:
@@ -81,13 +82,10 @@ def held(
     own = None if numbers is None else numbers[place + 1 : place + 1 + length]
     truth = text[place + 1 : place + 1 + length]
     found = {}
-    for scheme in SCHEMES[:2]:
+    for scheme in SCHEMES:
         seen = visibility(len(known), length, scheme == "causal")
         rows = model(ids, attention_mask=_additive(seen)).logits[0, place:]
         found[scheme] = draw(rows, mask, own)[: len(truth)] == truth
-    # The token right behind is known from verification, whatever is drafted for it.
-    found["fan-out"] = found["causal"].clone()
-    found["fan-out"][:1] = True
     return found
 
 
@@ -95,23 +93,61 @@ def _additive(seen: Tensor) -> Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
-def measure(
-    model: PreTrainedModel, prompts: list[Tensor], length: int, mask: int, sampled: bool
-) -> dict[str, list[float]]:
-    """By scheme and place, how often a draft and all before it hold."""
-    sums = {scheme: torch.zeros(length) for scheme in SCHEMES}
-    counts = torch.zeros(length)
-    generator = torch.Generator().manual_seed(0)
+Held = dict[str, list[int]]
+"""By scheme and position in an answer: how many drafted tokens hold, the first wrong one apart."""
+
+
+def runs(model: PreTrainedModel, prompts: list[Tensor], length: int, sampled: bool) -> list[Held]:
+    """Of each answer. An entry stands for the token at that place, the first for the one before."""
+    mask, generator = model.config.mask_token_id, torch.Generator().manual_seed(0)
+    found = []
     for prompt in prompts:
         numbers = None
         if sampled:
             numbers = torch.rand(len(prompt) + MOST_TOKENS + length, generator=generator).double()
         text = ar_text(model, prompt, mask, numbers)
-        for place in range(len(prompt), len(text) - 1):
+        own: Held = {scheme: [] for scheme in SCHEMES}
+        for place in range(len(prompt) - 1, len(text) - 1):
             for scheme, right in held(model, text, place, length, mask, numbers).items():
-                sums[scheme][: len(right)] += right.cumprod(0)
-            counts[: len(right)] += 1
-    return {scheme: (total / counts.clamp(min=1)).tolist() for scheme, total in sums.items()}
+                own[scheme].append(int(right.cumprod(0).sum()))
+        found.append(own)
+    return found
+
+
+def share(found: list[Held], scheme: str, place: int) -> float:
+    """How often a draft's token at `place` from 1 and all before it hold, of those in the text."""
+    held_there = inside = 0
+    for own in found:
+        ahead = own[scheme][: len(own[scheme]) - place + 1]
+        inside += len(ahead)
+        held_there += sum(run >= place for run in ahead)
+    return held_there / max(inside, 1)
+
+
+def tokens_per_forward(found: list[Held], width: int) -> dict[str, float]:
+    """Of drafts of `width` columns, the token they begin with among them."""
+    tokens = sum(len(own["causal"]) for own in found)
+    forwards = dict.fromkeys(("two forwards", "two, causal", "every break point"), 0)
+    for own in found:
+        plain, causal, end = own["bidirectional"], own["causal"], len(own["causal"])
+        # `at` counts tokens that are final or known; the prompt's end gave the first.
+        at = 1
+        while at <= end:
+            forwards["two forwards"] += 2
+            at += (min(plain[at], width - 1) if at < end else 0) + 1
+        at = 1
+        while at <= end:
+            forwards["two, causal"] += 1
+            drafted, at = at, at + 1
+            if at <= end:
+                forwards["two, causal"] += 1
+                at += min(causal[drafted] - 1, width - 1) + 1
+        at, count = 1, 1
+        while at < end:
+            count += 1
+            at += min(causal[at] - 1, width - 1) + 1
+        forwards["every break point"] += count
+    return {name: tokens / count for name, count in forwards.items()}
 
 
 def main() -> None:
@@ -124,7 +160,6 @@ def main() -> None:
         args.model, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    mask = model.config.mask_token_id
     prompts = [
         torch.tensor(
             tokenizer.apply_chat_template(
@@ -135,19 +170,23 @@ def main() -> None:
         )
         for problem in held_out(args.problems, seed=1)
     ]
-    print(
-        "| temperature | known token | " + " | ".join(map(str, (1, 2, 4, 8, 16, 31))) + " | sum |"
-    )
-    print("|---|---|" + "---|" * 7)
-    results = []
+    places = [place for place in (1, 2, 4, 8, 16, 31) if place < args.length]
+    widths = [width for width in (8, 16, 32) if width <= args.length]
+    result: dict[str, Any] = {"model": args.model.name, "problems": args.problems}
     for temperature in (0, 1):
-        found = measure(model, prompts, args.length, mask, temperature > 0)
-        for scheme, shares in found.items():
-            cells = [shares[n - 1] for n in (1, 2, 4, 8, 16, 31) if n <= len(shares)]
-            texts = " | ".join(f"{cell:.3f}" for cell in cells)
-            print(f"| {temperature} | {scheme} | {texts} | {sum(shares):.2f} |")
-            results.append({"temperature": temperature, "scheme": scheme, "held": shares})
-    print(json.dumps({"model": args.model.name, "problems": args.problems, "rows": results}))
+        found = runs(model, prompts, args.length, temperature > 0)
+        print(f"| temperature {temperature} | " + " | ".join(map(str, places)) + " |")
+        print("|---" * (len(places) + 1) + "|")
+        for scheme in SCHEMES:
+            shares = [share(found, scheme, place) for place in range(1, args.length)]
+            cells = " | ".join(f"{shares[place - 1]:.3f}" for place in places)
+            print(f"| {scheme} | {cells} |")
+            result[f"{scheme}, temperature {temperature}"] = [round(x, 4) for x in shares]
+        for width in widths:
+            speeds = tokens_per_forward(found, width)
+            print(f"{width} columns: " + ", ".join(f"{k} {v:.2f}" for k, v in speeds.items()))
+            result[f"{width} columns, temperature {temperature}"] = speeds
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

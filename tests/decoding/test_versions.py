@@ -7,13 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.decoding.plans import MASK, plan_of, seen_by_segments
 from vllm_nbdiff.decoding.canvas import NO_TOKEN
-from vllm_nbdiff.decoding.segments import Segments
 from vllm_nbdiff.decoding.versions import last_right, nested
-from vllm_nbdiff.engine.forward import touched_pages
 from vllm_nbdiff.engine.lookahead import draft_room
-
-MASK = 9
 
 
 @st.composite
@@ -83,24 +80,22 @@ def test_the_last_right_version_is_that_of_the_paper(
 
 
 @given(
-    st.integers(0, 300), st.integers(1, 64), st.integers(0, 9), st.sampled_from([1, 16, 32, 128])
-)
-def test_versions_of_a_canvas_have_pages_of_their_own(
-    start: int, width: int, count: int, page_size: int
+    st.integers(0, 300), st.integers(2, 64), st.integers(0, 9), st.sampled_from([1, 16, 32, 128]),
+    st.booleans(),
+)  # fmt: skip
+@settings(deadline=None)
+def test_versions_see_the_text_and_themselves(
+    start: int, width: int, count: int, page_size: int, static: bool
 ) -> None:
-    version = torch.arange(count + 1)[None]
-    same = torch.ones_like(version)
-    segments = Segments(
-        start * same, width * same, (start + width) * same, same < 0, version,
-        torch.zeros(1, count + 1, width, dtype=torch.int64), start * same,
+    """And have pages for as many as were asked for."""
+    room = start + width + draft_room(count, width, page_size)
+    plan = plan_of(
+        start, [1] + [MASK] * (width - 1), page_size, room, {"versions": count, "verifies": False},
+        [0.0] * width, [NO_TOKEN] + [3] * (width - 1), max_versions=count,
     )  # fmt: skip
-    first, touched = touched_pages(segments, page_size)
-    pages = [
-        range(f + v * n, f + (v + 1) * n)
-        for f, v, n in zip(first[0].tolist(), version[0].tolist(), touched[0].tolist(), strict=True)
-    ]
-    used = [page for version_pages in pages for page in version_pages]
-    assert len(set(used)) == len(used)
-    assert list(pages[0]) == sorted({p // page_size for p in range(start, start + width)})
-    end = start + width + draft_room(count, width, page_size)
-    assert max(used) < -(-end // page_size)
+    levels = min(count, width - 2) + 1
+    assert plan.canvases.exists[0].tolist() == [level < levels for level in range(count + 1)]
+    pages = -(-room // page_size)
+    text = [(position, "text") for position in range(start)]
+    for level, seen in enumerate(seen_by_segments(plan, page_size, pages, static)):
+        assert seen == text + [(start + column, str(level)) for column in range(width)]

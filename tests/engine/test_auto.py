@@ -4,18 +4,19 @@
 import numpy as np
 import pytest
 
-from vllm_nbdiff.engine.auto import CostModel, WidthChooser
+from vllm_nbdiff.engine.auto import DraftChooser, Verified
+from vllm_nbdiff.engine.cost import CostModel
 
 
-def chooser(seconds_of_row: float) -> WidthChooser:
+def chooser(seconds_of_row: float) -> DraftChooser:
     """One that has seen some forwards of each kind, which take 1 ms and so much more a row."""
     cost = CostModel()
     for rows in 20 * (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048):
         cost.observe(rows, 1e-3 + seconds_of_row * rows)
-    return WidthChooser(cost, max_width=32, max_forwards=16)
+    return DraftChooser(cost, max_width=32, max_forwards=16)
 
 
-def serve(chosen: WidthChooser, chance: float, requests: int, drafts: int = 400) -> list[int]:
+def serve(chosen: DraftChooser, chance: float, requests: int, drafts: int = 400) -> list[int]:
     """Widths chosen while drafted tokens are right with this chance."""
     random = np.random.default_rng(0)
     widths = []
@@ -24,7 +25,8 @@ def serve(chosen: WidthChooser, chance: float, requests: int, drafts: int = 400)
         widths.append(width)
         if width > 1:
             wrong = np.flatnonzero(random.random(width - 1) >= chance)
-            chosen.observe(width, int(wrong[0]) + 1 if len(wrong) else width)
+            held = int(wrong[0]) + 1 if len(wrong) else width
+            chosen.observe(Verified(width, width, held, hit=False, rows=width))
     return widths[drafts // 2 :]
 
 
@@ -53,13 +55,13 @@ def test_wrong_drafts_are_given_up() -> None:
 def test_a_busy_machine_changes_no_choice() -> None:
     """Forwards of the chosen width that take three times as long say nothing about this width."""
     chosen = chooser(1e-5)
-    width = most_common(serve(chosen, 0.9, 4))
+    width = most_common(serve(chosen, 0.92, 4))
     assert width > 1
     rows = 4 * width
     for _ in range(40):
         chosen.observe_forward(rows, 3 * (1e-3 + 1e-5 * rows), 3.1 * (1e-3 + 1e-5 * rows))
     assert chosen.cost.slowness > 2
-    assert most_common(serve(chosen, 0.9, 4)) == width
+    assert most_common(serve(chosen, 0.92, 4)) == width
 
 
 def test_a_width_that_is_slow_for_long_is_left() -> None:
@@ -89,3 +91,24 @@ def test_cost_follows_what_forwards_take() -> None:
             cost.observe(rows, 3e-3 + 2e-5 * rows)
     for rows in (8, 64, 512):
         assert cost.seconds(rows) == pytest.approx(3e-3 + 2e-5 * rows, rel=0.1)
+
+
+def test_dear_rows_are_for_likely_break_points_only() -> None:
+    """A draft behind one saves a forward; where rows are free all are worth it, and where a
+    forward is nothing but rows none is."""
+    free, dear = chooser(0.0).limits(16, 1, 16), chooser(1e-4).limits(16, 64, 64 * 16)
+    assert free == (0, 0)
+    assert dear.chance > 1 and 0.1 < dear.survival < 1
+    cheap = chooser(1e-5).limits(16, 1, 16)
+    assert 0 < cheap.chance < 0.5 and 0 < cheap.survival < 0.2
+
+
+def test_drafts_that_are_there_save_forwards() -> None:
+    """Two forwards a round, or one where the next draft is always there already."""
+    chosen = chooser(0.0)
+    for _ in range(600):
+        chosen.observe(Verified(16, 16, 8, hit=False, rows=16))
+    assert chosen.tokens_per_forward(16) == pytest.approx((8 + 1) / 2, rel=0.05)
+    for _ in range(600):
+        chosen.observe(Verified(16, 16, 8, hit=True, rows=60))
+    assert chosen.tokens_per_forward(16) == pytest.approx(8, rel=0.05)

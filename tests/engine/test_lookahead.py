@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_nbdiff.engine.lookahead import canvas_tokens, lookahead_tokens
+from vllm_nbdiff.engine.lookahead import Share, canvas_tokens, lookahead_tokens
 from vllm_nbdiff.request import RequestOptions
 
 L = 32
@@ -17,26 +17,48 @@ LOOPED: Any = SimpleNamespace(static_shapes=False, block_length=L)
 @pytest.mark.parametrize(
     ("extra", "static", "looped"),
     [
-        ({}, L, L),
-        ({"block_length": 8, "small_blocks": 1}, 8, 8),
-        ({"fused_commit": True}, 2 * L, L),
-        ({"algorithm": "freedave", "draft_steps": 4}, 4 * L, L),
-        ({"mode": "ar"}, 1, L),
-        ({"mode": "ar", "fused_commit": True}, 1, L),
-        ({"mode": "verify", "draft_length": 12}, 12, L),
-        ({"mode": "verify", "draft_length": 12, "fused_commit": True}, 24, L),
-        ({"mode": "auto"}, L, L),
+        ({}, (L, L), (L, L)),
+        ({"block_length": 8, "small_blocks": 1}, (8, 8), (8, 8)),
+        ({"fused_commit": True}, (2 * L, 2 * L), (L, L)),
+        ({"algorithm": "freedave", "draft_steps": 4}, (4 * L, 4 * L), (L, L)),
+        ({"mode": "ar"}, (1, 1), (L, 2 * L)),
+        ({"mode": "ar", "fused_commit": True}, (1, 1), (L, 2 * L)),
+        ({"mode": "verify", "draft_length": 12, "fan_out": 0}, (12, 12), (L, 2 * L)),
+        ({"mode": "verify", "draft_length": 12, "fan_out": 2}, (12, 36), (L, 2 * L)),
+        ({"mode": "verify", "draft_length": 12, "fused_commit": True}, (24, 24), (L, 2 * L)),
+        ({"mode": "auto"}, (L, 4 * L), (L, 2 * L)),
     ],
     ids=str,
 )
-def test_canvas_tokens(extra: dict[str, Any], static: int, looped: int) -> None:
+def test_canvas_tokens(
+    extra: dict[str, Any], static: tuple[int, int], looped: tuple[int, int]
+) -> None:
     """The rows of the largest forward where that is a schedule, else what it may emit."""
     request = RequestOptions(**{"block_length": L, "small_blocks": 1} | extra)
     assert canvas_tokens(request, STATIC, limit=4 * L) == static
     assert canvas_tokens(request, LOOPED, limit=4 * L) == looped
     # With one row less, something of it is left out, and what remains is whole canvases.
-    smaller = canvas_tokens(request, STATIC, limit=max(static - 1, L))
-    assert smaller == static or smaller in (L, 2 * L, 3 * L, 12)
+    smaller = canvas_tokens(request, STATIC, limit=max(static[1] - 1, L))
+    assert smaller == static or smaller.most in (L, 2 * L, 3 * L, 12, 24)
+
+
+def test_canvases_share_what_there_is() -> None:
+    share = Share(12, 60)
+    assert [share.of(own) for own in (0, 12, 23, 24, 59, 60, 999)] == [12, 12, 12, 24, 48, 60, 60]
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 128])
+@pytest.mark.parametrize("config", [STATIC, LOOPED])
+def test_lookahead_holds_drafts_for_break_points(config: Any, page_size: int) -> None:
+    """Where canvases do not cross the end of a page, whatever part of a schedule is done."""
+    request = RequestOptions(mode="verify", fan_out=3, block_length=L)
+    width, limit = request.draft_width, 8 * L
+    behind = lookahead_tokens(request, config, page_size, limit)
+    for start in range(0, 2 * page_size, page_size):
+        end = start + canvas_tokens(request, config, limit).least + behind
+        text_end = start + (width if config is STATIC else L)
+        own = 3 * -(-width // page_size)
+        assert -(-(text_end + width) // page_size) + own <= -(-end // page_size)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 20, 32, 128])
@@ -46,7 +68,7 @@ def test_lookahead_holds_every_version_of_the_canvas(config: Any, page_size: int
     for steps in (1, 2, 5):
         request = RequestOptions("freedave", 1.0, 1, L, draft_steps=steps)
         behind = lookahead_tokens(request, config, page_size, limit=5 * L)
-        end = canvas_tokens(request, config, limit=5 * L) + behind
+        end = canvas_tokens(request, config, limit=5 * L).least + behind
         for start in range(2 * page_size):
             versions = steps * (-(-(start + L) // page_size) - start // page_size)
             assert -(-(start + end) // page_size) - start // page_size >= versions

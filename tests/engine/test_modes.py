@@ -21,6 +21,9 @@ LOSSLESS: list[dict[str, Any]] = [
     {"nbdiff_mode": "verify"},
     {"nbdiff_mode": "verify", "nbdiff_draft_length": 5, "nbdiff_draft_steps": 2},
     {"nbdiff_mode": "verify", "nbdiff_draft_length": 8, "nbdiff_fused_commit": 1},
+    {"nbdiff_mode": "verify", "nbdiff_fan_out": 0},
+    {"nbdiff_mode": "verify", "nbdiff_fan_out": 1, "nbdiff_draft_length": 32},
+    {"nbdiff_mode": "verify", "nbdiff_fan_out": 16},
     {"nbdiff_mode": "auto"},
 ]
 ENGINES = {

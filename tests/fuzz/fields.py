@@ -133,6 +133,7 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "verify": {
         **_draft_options,
         "nbdiff_draft_length": st.sampled_from((1, 2, 16, 32)),
+        "nbdiff_fan_out": st.sampled_from((0, 1, 4, 32)),
         "nbdiff_draft_steps": st.integers(1, 40),
         "nbdiff_fused_commit": st.integers(0, 1),
     },

@@ -26,6 +26,7 @@ from vllm_nbdiff.compat.worker import (
     needs_cpu_kernels,
     register_cpu_kernels,
     select_v2_model_runner,
+    write_more_kv,
 )
 from vllm_nbdiff.names import ATTENTION_BACKEND
 
@@ -45,6 +46,7 @@ __all__ = [
     "register_config_hook",
     "register_cpu_kernels",
     "share_compiler",
+    "write_more_kv",
 ]
 
 

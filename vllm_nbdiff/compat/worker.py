@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_nbdiff.compat.patching import patch
@@ -169,3 +170,24 @@ def carry_counts() -> None:
 def counts_of(model_runner_output: Any) -> dict[str, list[int]]:
     """The counts that `carry_counts` attached, by request; empty where nothing was computed."""
     return getattr(model_runner_output, "nbdiff_counts", {})
+
+
+def write_more_kv(layers: Iterable[Any], write: Callable[..., None]) -> None:
+    """Have attention `layers` of vLLM call `write` whenever they have written KV, with the function
+    that writes it and what that was given, less the slots.
+
+    Symptom: a forward writes the KV of a row to one slot.
+    Upstream: `unified_kv_cache_update` (vllm/model_executor/layers/attention/attention.py).
+    Remove when a slot mapping may name a row twice.
+    """
+
+    def writing(update: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(update)
+        def wrote(layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any) -> None:
+            update(layer, key, value, kv_cache, slot_mapping)
+            write(update, layer, key, value, kv_cache)
+
+        return wrote
+
+    for layer in layers:
+        layer.impl.do_kv_cache_update = writing(layer.impl.do_kv_cache_update)

@@ -32,24 +32,35 @@ if TYPE_CHECKING:
     from vllm_nbdiff.decoding.plan import Batch, Facts, Plan
 
 
-def add(
+def text_of(
+    table: CanvasTable, state: Canvas, options: Options, batch: Batch, count: Tensor
+) -> Tensor:
+    """[B] int64: columns of drafted texts that are worth verifying, the seed in any case.
+
+    Args:
+        count: [B, L] int64, masked columns of each canvas up to each.
+    """
+    worth = survival(table.rank[batch.slot]) >= options.least_survival[:, None]
+    worth &= (count == 0) & (table.columns < state.width[:, None])
+    return worth.sum(1).clamp(min=1)
+
+
+def canvases(
     table: CanvasTable,
     state: Canvas,
     options: Options,
     batch: Batch,
     facts: Facts,
+    drafting: Tensor,
     text: Tensor,
-    canvases: Canvases,
 ) -> Canvases:
-    """The canvases, in place of which requests that draft for break points have those for them.
+    """Canvases behind break points of the requests that are `drafting` [B] bool.
 
-    As many as requests ask for, are likely enough, and have pages and rows for.
+    As many as they ask for, are likely enough, and have pages and rows for.
 
     Args:
         text: [B] int64, columns of the state's canvas that are verified.
-        canvases: of all requests, [B, C].
     """
-    drafting = (options.fan_out > 0) & batch.decodes & (text > 0)
     points, chance = likeliest(table.rank[batch.slot], text, facts.fan_out)
     order = torch.arange(points.shape[1], device=text.device)
     start = state.start[:, None] + points + 1
@@ -63,9 +74,14 @@ def add(
     exists &= text[:, None] + torch.where(exists, rows, 0).cumsum(1) <= batch.max_rows[:, None]
     columns = (table.columns > 0) & (table.columns < width[..., None]) & exists[..., None]
     tokens = torch.full_like(columns, facts.mask_token_id, dtype=torch.int64)
-    low = torch.zeros_like(width)
-    own = Canvases(tokens, columns, exists, start, width, low, rows, rows, moved)
-    return Canvases(*(_either(drafting, *pair) for pair in zip(own, canvases, strict=True)))
+    return Canvases(
+        tokens, columns, exists, start, width, torch.zeros_like(width), rows, rows, moved
+    )
+
+
+def joined(drafting: Tensor, own: Canvases, others: Canvases) -> Canvases:
+    """The canvases of requests that are `drafting` [B] bool, and those of the others."""
+    return Canvases(*(_either(drafting, *pair) for pair in zip(own, others, strict=True)))
 
 
 def _either(own: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -81,18 +97,15 @@ def _either(own: Tensor, one: Tensor, other: Tensor) -> Tensor:
     return torch.where(own.view(-1, *[1] * (one.dim() - 1)), filled(one), filled(other))
 
 
-def worthwhile(confidence: Tensor, known: Tensor, least: Tensor) -> Tensor:
-    """[B] int64: how many of the `known` [B] columns of drafted texts are worth verifying, the seed
-    in any case.
+def survival(confidence: Tensor) -> Tensor:
+    """[B, L] float: chance that a column and all before it are right; the seed, column 0, is.
 
     Args:
-        confidence: as of `likeliest`.
-        least: [B] float, chance that a column and all before it are right.
+        confidence: [B, L] float, probability that a column is right, given those before it.
     """
-    columns = torch.arange(confidence.shape[1], device=known.device)
-    survival = torch.where(columns > 0, confidence.clamp(0, 1), 1.0).cumprod(1)
-    worth = (survival >= least[:, None]) & (columns < known[:, None])
-    return worth.sum(1).clamp(min=1)
+    sure = confidence.clamp(0, 1)
+    sure[:, 0] = 1
+    return sure.cumprod(1)
 
 
 def likeliest(confidence: Tensor, text: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -109,12 +122,12 @@ def likeliest(confidence: Tensor, text: Tensor, count: int) -> tuple[Tensor, Ten
     Returns:
         [B, count] int64 columns, [B, count] float; 0 where there is none.
     """
-    columns = torch.arange(confidence.shape[1], device=text.device)
-    inside = columns < text[:, None]
-    sure = torch.where((columns > 0) & inside, confidence.clamp(0, 1), 1.0)
-    wrong = torch.where(columns + 1 < text[:, None], 1 - sure.roll(-1, 1), 1.0)
+    inside = torch.arange(confidence.shape[1], device=text.device) < text[:, None]
+    reached = torch.where(inside, survival(confidence), 0)
+    # Behind the last column nothing can be wrong.
+    chance = reached - torch.nn.functional.pad(reached[:, 1:], (0, 1))
     # A break point that is thought impossible still comes before one that does not exist.
-    chance = torch.where(inside, (sure.cumprod(1) * wrong).clamp(min=1e-9), 0)
+    chance = torch.where(inside, chance.clamp(min=1e-9), 0)
     order = chance.argsort(dim=1, descending=True, stable=True)[:, :count]
     return order, chance.gather(1, order)
 

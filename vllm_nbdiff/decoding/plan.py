@@ -39,6 +39,7 @@ class Facts(NamedTuple):
     limits: bool = True  # some have a `max_steps` below NO_LIMIT
     versions: int = 0  # most versions of a request's canvas
     fan_out: int = 0  # most break points of a request for which canvases are looked at
+    denoises: bool = True  # some canvas is looked at otherwise
     rows: int = 0  # most rows of logits that one request needs
     family: Family = NBDIFF
     blocks: int = 1  # most segments of a request's text: blocks of a prompt, where they see all
@@ -104,6 +105,8 @@ def make_plan(
     decodes = batch.decodes & (asks <= batch.scheduled)
     masked = (state.tokens == mask) & within & decodes[:, None]
     count = masked.cumsum(1)
+    if not facts.denoises:
+        return _plan_verified(table, state, options, batch, facts, decodes, count)
     full = count[:, -1] == 0
     final = full & ((state.edits_left == 0) | ~options.edits) if facts.edits else full
     text = torch.where(final & decodes, state.width, 0)
@@ -111,9 +114,8 @@ def make_plan(
         drafted = options.verifies & (state.step >= options.max_steps) & ~full
         text = torch.where(drafted, (count == 0).sum(1), text)
     if facts.fan_out:
-        known = torch.minimum((count == 0).sum(1), state.width)
-        known = fan_out.worthwhile(table.rank[batch.slot], known, options.least_survival)
-        text = torch.where((options.fan_out > 0) & decodes, known, text)
+        drafting = (options.fan_out > 0) & decodes
+        text = torch.where(drafting, fan_out.text_of(table, state, options, batch, count), text)
 
     start, width, step, canvas = state.start, state.width, state.step, state.tokens
     ahead = torch.zeros_like(full)
@@ -140,11 +142,13 @@ def make_plan(
     if facts.caches:
         low, high = _looked_columns(state, options, facts, active, width, look & ~ahead)
 
-    own = (look, start, width, low, high, width, torch.zeros_like(width))
-    canvases = Canvases(*(field[:, None] for field in (canvas, active, *own)))
+    own_pages = torch.zeros_like(width)
+    one = (canvas, active, look, start, width, low, high, width, own_pages)
+    canvases = Canvases(*(field[:, None] for field in one))
     canvases = versions.add(table, state, options, batch, facts, canvases)
     if facts.fan_out:
-        canvases = fan_out.add(table, state, options, batch, facts, text, canvases)
+        own = fan_out.canvases(table, state, options, batch, facts, drafting, text)
+        canvases = fan_out.joined(drafting, own, canvases)
     segments = lay_out(state, batch, facts, text, canvases)
     num_next, rows = needed_rows(options, batch, facts, segments, text, canvases)
     reads = text > 0
@@ -153,6 +157,33 @@ def make_plan(
     return Plan(
         state, options, segments, rows, num_next, canvases, text, reads, look, ahead, step, quota
     )
+
+
+def _plan_verified(
+    table: CanvasTable,
+    state: Canvas,
+    options: Options,
+    batch: Batch,
+    facts: Facts,
+    decodes: Tensor,
+    count: Tensor,
+) -> Plan:
+    """The plan of a batch whose requests all draft for break points.
+
+    Args:
+        decodes: [B] bool, requests whose canvas is scheduled and fits.
+        count: [B, L] int64, masked columns of each canvas up to each.
+    """
+    text = torch.where(decodes, fan_out.text_of(table, state, options, batch, count), 0)
+    canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text)
+    segments = lay_out(state, batch, facts, text, canvases)
+    num_next, rows = needed_rows(options, batch, facts, segments, text, canvases)
+    nobody = torch.zeros_like(decodes)
+    reads = (text > 0) | batch.prompt_ends if facts.prefills else text > 0
+    return Plan(
+        state, options, segments, rows, num_next, canvases, text, reads, nobody, nobody,
+        state.step, None,
+    )  # fmt: skip
 
 
 def fixed_columns(options: Options, start: Tensor) -> Tensor:

@@ -54,8 +54,9 @@ def add(
     size = options.sub_block_length[:, None].expand(exists.shape)
     active = active_positions(masked, size, None) & exists[:, :, None]
     active[:, 0] = canvas.active[:, 0]
-    places = (field.expand(exists.shape) for field in canvas[3:-1])
-    return Canvases(shown, active, exists, *places, moved=level * pages[:, None])
+    start, width, low, high, seen, _ = (field.expand(exists.shape) for field in canvas[3:])
+    moved = level * pages[:, None]
+    return Canvases(shown, active, exists, start, width, low, high, seen, moved)
 
 
 def nested(canvas: Tensor, proposed: Tensor, rank: Tensor, count: int) -> Tensor:

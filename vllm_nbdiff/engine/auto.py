@@ -3,9 +3,9 @@
 text before them is verified, what is worth its rows.
 
 All choices verify, so the text is always that of AR decoding; width 1 is AR decoding itself. The
-best choice gives the most accepted tokens a second: rows are nearly free while a forward is bound by
-reading weights, and cost their arithmetic beyond that. Both sides are measured: a forward's time by
-rows, and the acceptance, while serving.
+best choice gives the most accepted tokens a second: rows are nearly free while a forward is bound
+by reading weights, and cost their arithmetic beyond that. Both sides are measured: a forward's time
+by rows, and the acceptance, while serving.
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ class DraftChooser:
         # How often a drafted column was right, of the times that all before it were.
         self._tried = np.ones(max_width)
         self._right = np.ones(max_width)
-        # By width: how often the next draft was there, and rows of a request.
+        # By width: how often the next draft was there already, and rows a column of a request's
+        # forwards. A width that was not seen yet is taken to be like those that are.
         self._hits = np.full(max_width + 1, 0.5)
-        self._rows = 1.5 * np.arange(max_width + 1)
-        self._rows[1] = 1
+        self._rows = np.full(max_width + 1, 1.5)
+        self._seen = np.zeros(max_width + 1, np.int64)
+        self._rows[1], self._seen[1] = 1, 1
         self._choices = 0
         self._beside = 0.0  # seconds of a forward beside the model's
         self._between = 0.0  # seconds of a schedule outside of its forwards
@@ -85,11 +87,16 @@ class DraftChooser:
 
     def observe(self, seen: Verified) -> None:
         """Learn from a text that was verified."""
-        near = 1 - _MEMORY
-        self._rows[seen.width] += near * (seen.rows - self._rows[seen.width])
-        if seen.text < 2:
+        if seen.width < 2:
             return
-        self._hits[seen.width] += near * (seen.hit - self._hits[seen.width])
+        self._seen[seen.width] += 1
+        alike = self._seen == 0
+        alike[seen.width] = True
+        near = max(1 - _MEMORY, 1 / (1 + self._seen[seen.width])) * alike
+        self._rows += near * (seen.rows / seen.width - self._rows)
+        if seen.text < 2:
+            return  # behind a seed alone nothing was drafted before
+        self._hits += near * (seen.hit - self._hits)
         columns = np.arange(1, min(seen.accepted + 1, seen.text))
         self._tried[columns] = _MEMORY * self._tried[columns] + 1
         self._right[columns] = _MEMORY * self._right[columns] + (columns < seen.accepted)
@@ -107,11 +114,11 @@ class DraftChooser:
         missing = 1 - self._hits[width]
         return (whole + missing) / (1 + missing)
 
-    def speed(self, width: int, rows: float) -> float:
+    def speed(self, width: int, rows: int) -> float:
         """Expected tokens a second of one request, in forwards of `rows` rows."""
         return self.tokens_per_forward(width) / self._seconds(width, rows)
 
-    def _seconds(self, width: int, rows: float) -> float:
+    def _seconds(self, width: int, rows: int) -> float:
         """Of a forward of `rows` rows, with its share of what happens between schedules."""
         most = (self.max_width - width) // max(self.tokens_per_forward(width), 1) + 1
         forwards = min(most, self.max_forwards)
@@ -126,7 +133,7 @@ class DraftChooser:
         """
         self._choices += 1
         speed = {
-            width: self.speed(width, num_requests * self._rows[width] + other_rows)
+            width: self.speed(width, round(num_requests * width * self._rows[width]) + other_rows)
             for width in self.widths
         }
         best = max(speed, key=lambda width: speed[width])
@@ -176,6 +183,8 @@ class AutoDrafts:
         """
         self.options = options
         self.static = static
+        # What is measured differs between ranks, which must run the same forwards.
+        self.sets_limits = not static and options.config.tensor_parallel_size == 1
         self.chooser = DraftChooser(CostModel(), options.config.block_length, steps_per_schedule)
         self._drafting = np.zeros(0, np.bool_)
         self._arriving: list[tuple[torch.cuda.Event, np.ndarray, np.ndarray, Tensor]] = []
@@ -186,7 +195,9 @@ class AutoDrafts:
         """Choose how much canvases that begin in this schedule draft."""
         options, slots = self.options, schedule.slots
         auto = options.is_auto[slots]
-        self._drafting = auto | (options.host["fan_out"][slots] > 0)
+        self._drafting = auto
+        if self.sets_limits:
+            self._drafting = auto | (options.host["fan_out"][slots] > 0)
         self._widths = options.host["block_length"][slots].copy()
         if self.static:
             self._rows = int(schedule.scheduled.sum())
@@ -200,7 +211,7 @@ class AutoDrafts:
             others = int(schedule.scheduled[schedule.decodes & ~auto].sum())
             width = self.chooser.choose(max(int(own.sum()), 1), others)
             options.set_draft_length(slots[auto], width)
-        if not self.static:
+        if self.sets_limits:
             self._set_limits(slots, self._drafting & schedule.decodes)
 
     def _set_limits(self, slots: np.ndarray, drafting: np.ndarray) -> None:

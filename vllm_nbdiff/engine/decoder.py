@@ -156,9 +156,8 @@ class Decoder:
         state = decide.begin_canvases(self.table, plan, text, batch, facts)
         hit = torch.zeros_like(text.kept)
         if facts.fan_out:
-            found = fan_out.drafts(
-                plan, text, *map(self._of_canvases, spread[:2]), facts.mask_token_id
-            )
+            token, chance = (self._of_canvases(field) for field in spread[:2])
+            found = fan_out.drafts(plan, text, token, chance, facts.mask_token_id)
             state, hit = fan_out.keep(self.table, plan, batch, state, found), found.hit
         self._count_text(plan, text, hit)
         if facts.family.thinking_budget:

@@ -5,10 +5,9 @@ A forward writes the KV of all its rows first, then every segment attends to the
 request, so a request may own several segments: a block that is committed and the canvas of the
 next one, for example.
 
-Canvases of a request that must not see each other, versions of one or those of several break points,
-have pages of their own behind those of the text, which hold no text yet. What lies on the first of
-them before the canvas is copied there: text of earlier forwards by pages, rows of this one when
-their KV is written (kv_copies.py).
+Canvases of a request that must not see each other, versions of one or those of several break
+points, have pages of their own behind those of the text, which hold no text yet. What lies on the
+first of them before the canvas is copied there (kv_copies.py).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ layer writes to more slots than their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,20 +82,9 @@ class KVCopies:
         """Of this forward nothing is copied."""
         self._rows = self._slots = None
 
-    def attach(self, layers: list[Any]) -> None:
-        """Have attention `layers` of vLLM write what is to be copied whenever they write KV.
-
-        Upstream: `unified_kv_cache_update` (vllm/model_executor/layers/attention/attention.py).
-        """
-        for layer in layers:
-            layer.impl.do_kv_cache_update = self._writing(layer.impl.do_kv_cache_update)
-
-    def _writing(self, update: Any) -> Any:
-        def write(
-            layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-        ) -> None:
-            update(layer, key, value, kv_cache, slot_mapping)
-            if self._rows is not None:
-                update(layer, key[self._rows], value[self._rows], kv_cache, self._slots)
-
-        return write
+    def write(
+        self, update: Callable[..., None], layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor
+    ) -> None:
+        """Have vLLM's `update` write what of key and value [T, kv_heads, head_size] is copied."""
+        if self._rows is not None:
+            update(layer, key[self._rows], value[self._rows], kv_cache, self._slots)

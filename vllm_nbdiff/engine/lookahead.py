@@ -7,10 +7,17 @@ request's own options alone: what one request asks for, no other one is given.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from vllm.config import VllmConfig
 
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.request import RequestOptions
+
+BLOCKS_PER_SCHEDULE = 2
+"""Most that a request of a lossless mode may emit in a schedule."""
+# Reading the weights of a large model takes a GPU as long as computing so many rows.
+_FREE_ROWS = 256
 
 
 def row_limit(vllm_config: VllmConfig, config: BlockDiffusionConfig) -> int:
@@ -23,11 +30,23 @@ def row_limit(vllm_config: VllmConfig, config: BlockDiffusionConfig) -> int:
     return min(limit for limit in limits if limit)
 
 
-def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: int) -> int:
+class Share(NamedTuple):
+    """Tokens that a schedule gives to the canvas of a request, by how many others there are."""
+
+    least: int
+    most: int
+
+    def of(self, share: int) -> int:
+        """The largest multiple of `least` within `share` and `most`, and `least` in any case."""
+        return max(min(share, self.most) // self.least, 1) * self.least
+
+
+def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: int) -> Share:
     """Tokens that a schedule gives to the canvas of a request.
 
-    With static shapes a schedule is one forward, and these are its rows. Otherwise they are the
-    tokens that its forwards may emit.
+    With static shapes a schedule is one forward, and these are its rows: more than the least are
+    for drafts behind break points. Otherwise they are the tokens that its forwards may emit, and
+    more of them save schedules.
 
     Args:
         options: of the request.
@@ -35,12 +54,22 @@ def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: 
         limit: most rows of one request, from `row_limit`.
     """
     if config.static_shapes:
+        width = _canvas_width(options, config)
         parts = 1 + num_drafts(options, config, limit) + fits_next_block(options, config, limit)
-        parts = min(
-            parts + most_break_points(options, config), limit // _canvas_width(options, config)
-        )
-        return _canvas_width(options, config) * parts
-    return options.block_length if options.mode == "diffusion" else config.block_length
+        most = min(parts + options.break_points, limit // width)
+        return Share(width * parts, width * max(parts, most))
+    if options.mode == "diffusion":
+        return Share(options.block_length, options.block_length)
+    return Share(config.block_length, BLOCKS_PER_SCHEDULE * config.block_length)
+
+
+def canvas_budget(config: BlockDiffusionConfig, budget: int) -> int:
+    """Tokens of a schedule that canvases share where they may have more than the least.
+
+    Args:
+        budget: tokens of a schedule.
+    """
+    return min(budget, _FREE_ROWS) if config.static_shapes else budget
 
 
 def lookahead_tokens(
@@ -60,22 +89,16 @@ def lookahead_tokens(
     width = _canvas_width(options, config)
     tokens = draft_room(num_drafts(options, config, limit), width, page_size)
     tokens += width * fits_next_block(options, config, limit)
-    if points := most_break_points(options, config):
-        # Behind a whole text a canvas, and behind it those of other break points.
-        tokens += width + page_size + points * (width + page_size - 1) // page_size * page_size
+    tokens += break_point_room(options.break_points, width, page_size)
     if config.static_shapes:
-        tokens -= canvas_tokens(options, config, limit) - width
+        share = canvas_tokens(options, config, limit)
+        tokens -= share.least - width
     return tokens
 
 
 def num_drafts(options: RequestOptions, config: BlockDiffusionConfig, limit: int) -> int:
     """Canvases beside its own that a forward may compute for a request."""
     return min(options.num_drafts, limit // _canvas_width(options, config) - 1)
-
-
-def most_break_points(options: RequestOptions, config: BlockDiffusionConfig) -> int:
-    """Canvases that a forward may compute beside the text that it verifies."""
-    return options.break_points if config.family.context == "causal" else 0
 
 
 def fits_next_block(options: RequestOptions, config: BlockDiffusionConfig, limit: int) -> bool:
@@ -87,6 +110,13 @@ def fits_next_block(options: RequestOptions, config: BlockDiffusionConfig, limit
 def draft_room(num_drafts: int, width: int, page_size: int) -> int:
     """Tokens whose pages hold so many drafts of a canvas of `width` tokens, wherever it starts."""
     return num_drafts * ((width + 2 * page_size - 2) // page_size) * page_size
+
+
+def break_point_room(count: int, width: int, page_size: int) -> int:
+    """Tokens whose pages hold the canvas behind a text of `width` tokens, and canvases behind
+    `count` of its break points unless some cross a page's end: those that do not fit are left
+    out."""
+    return count and width + (1 + count * -(-width // page_size)) * page_size
 
 
 def _canvas_width(options: RequestOptions, config: BlockDiffusionConfig) -> int:

@@ -158,7 +158,7 @@ class NBDiffModelState(ModelState):
         self._page_size = group.kv_cache_spec.block_size
         if not self.config.family.block_causal:
             layers = self.vllm_config.compilation_config.static_forward_context
-            self._copies.attach([layers[name] for name in group.layer_names])
+            compat.write_more_kv(map(layers.get, group.layer_names), self._copies.write)
 
     def prepare_inputs_embeds(
         self,

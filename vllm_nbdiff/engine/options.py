@@ -13,7 +13,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.decoding.canvas import NO_LIMIT, Options
 from vllm_nbdiff.decoding.rules import RULES
-from vllm_nbdiff.engine.lookahead import fits_next_block, most_break_points, num_drafts
+from vllm_nbdiff.engine.lookahead import fits_next_block, num_drafts
 from vllm_nbdiff.request import RequestOptions, parse_options
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class OptionTable:
             "sub_block_length": length if lossless else length // options.small_blocks,
             "max_steps": options.verify_steps if lossless else steps,
             "max_versions": num_drafts(options, self.config, self.row_limit),
-            "fan_out": 0 if constrained else most_break_points(options, self.config),
+            "fan_out": 0 if constrained else options.break_points,
             "last_position": min(prompt_len + params.max_tokens, self.max_model_len) - 1,
             "first_stop": prompt_len + max(params.min_tokens, 1) - 1,
             "prompt_length": prompt_len,

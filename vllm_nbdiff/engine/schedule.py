@@ -194,6 +194,7 @@ class ScheduleReader:
             limits=bool(limited.any()),
             versions=int(versions.max()),
             fan_out=int((host["fan_out"] * decodes).max()),
+            denoises=not (decodes.any() and (host["fan_out"][decodes] > 0).all()),
             rows=int(most.max()),
             family=config.family,
             blocks=blocks,

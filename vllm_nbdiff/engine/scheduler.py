@@ -26,7 +26,13 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_nbdiff import compat
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.engine.counts import Counts
-from vllm_nbdiff.engine.lookahead import canvas_tokens, lookahead_tokens, row_limit
+from vllm_nbdiff.engine.lookahead import (
+    Share,
+    canvas_budget,
+    canvas_tokens,
+    lookahead_tokens,
+    row_limit,
+)
 from vllm_nbdiff.names import LOGGER
 from vllm_nbdiff.request import parse_options
 
@@ -37,7 +43,7 @@ logger = init_logger(LOGGER)
 class Canvas:
     """What one request is given."""
 
-    tokens: int  # of every schedule in which its canvas takes part
+    tokens: Share  # of every schedule in which its canvas takes part
     lookahead: int  # tokens behind them that have pages
     kind: str  # one of `compat.KINDS`
     turn: int = 0  # the order in which canvases took part last; 0: not yet
@@ -98,6 +104,7 @@ class NBDiffScheduler(Scheduler):
         most = self.scheduler_config.max_num_batched_tokens
         self._chunk = self._config.block_length if self._config.family.block_causal else 1
         self._share = PrefillShare(min(self.max_num_scheduled_tokens, most), self._chunk)
+        self._canvas_budget = canvas_budget(self._config, self._share.budget)
         self._admits = True
         # By arrival, vLLM preempts the last one of `running`, which are sorted by kind here; by
         # priority, it looks for the one that arrived last among those of the least priority.
@@ -173,13 +180,14 @@ class NBDiffScheduler(Scheduler):
         """
         held_back = 0
         decoding = [request for request in self.running if not _is_prefilling(request)]
+        share = self._canvas_budget // max(len(decoding), 1)
         for request in sorted(decoding, key=lambda request: self._canvases[request].turn):
             canvas = self._canvases[request]
             if request.num_in_flight_tokens and self._is_cut(request, canvas):
                 request.spec_token_ids = []
                 continue
-            fits = canvas.tokens <= budget
-            width = canvas.tokens if fits else 0
+            fits = canvas.tokens.least <= budget
+            width = canvas.tokens.of(min(share, budget)) if fits else 0
             if len(request.spec_token_ids) != width:
                 request.spec_token_ids = [-1] * width
             if fits:
@@ -194,7 +202,7 @@ class NBDiffScheduler(Scheduler):
 
         Such a step is not computed; two of them in turn would leave room for a whole one never.
         """
-        return request.num_computed_tokens + canvas.tokens > self.max_model_len
+        return request.num_computed_tokens + canvas.tokens.least > self.max_model_len
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

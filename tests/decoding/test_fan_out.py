@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts for break points: which are made, what they see, which becomes the next draft."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.decoding.plans import MASK, plan_of, seen_by_segments
+from vllm_nbdiff.decoding.decide import Text
+from vllm_nbdiff.decoding.fan_out import drafts, likeliest, survival
+from vllm_nbdiff.engine.lookahead import break_point_room
+from vllm_nbdiff.families.family import NBDIFF, NEMOTRON
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=6),
+    st.integers(1, 6),
+    st.integers(1, 6),
+)
+@settings(deadline=None)
+def test_break_points_by_how_likely_they_are(
+    confidence: list[float], text: int, count: int
+) -> None:
+    """Against the enumeration of which drafted columns are right."""
+    text, count = min(text, len(confidence)), min(count, len(confidence))
+    chances = [0.0] * text
+    for right in itertools.product([True, False], repeat=text - 1):
+        weight = 1.0
+        for one, chance in zip(right, confidence[1:], strict=False):
+            weight *= chance if one else 1 - chance
+        held = next((m for m, one in enumerate(right) if not one), text - 1)
+        chances[held] += weight
+    points, found = likeliest(torch.tensor([confidence]), torch.tensor([text]), count)
+    wanted = sorted(range(text), key=lambda m: (-max(chances[m], 1e-9), m))[:count]
+    assert points[0, : len(wanted)].tolist() == wanted
+    expected = [max(chances[m], 1e-9) for m in wanted] + [0.0] * (count - len(wanted))
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_chance_that_a_column_and_all_before_it_hold() -> None:
+    found = survival(torch.tensor([[0.1, 0.5, 1.5, 0.5]]))
+    assert found.tolist() == [[1.0, 0.5, 0.5, 0.25]]
+
+
+@given(
+    st.integers(0, 300), st.integers(2, 32), st.integers(1, 32), st.integers(1, 9),
+    st.sampled_from([1, 16, 32, 128]), st.integers(0, 400), st.booleans(),
+    st.sampled_from([NBDIFF, NEMOTRON]), st.data(),
+)  # fmt: skip
+@settings(deadline=None)
+def test_a_canvas_sees_the_text_up_to_its_break_point_and_itself(
+    start, length, known, count, page_size, less, static, family, data
+) -> None:  # type: ignore[no-untyped-def]
+    """Whatever the pages; the text itself is causal and sees no canvas."""
+    known, count = min(known, length), min(count, length)
+    chances = st.floats(0, 1, width=32)
+    confidence = data.draw(st.lists(chances, min_size=length, max_size=length))
+    room = start + length + break_point_room(count, length, page_size)
+    room = max(room - less, start + length)
+    tokens = [1] * known + [MASK] * (length - known)
+    plan = plan_of(
+        start, tokens, page_size, room,
+        {"fan_out": count, "denoises": False, "family": family}, confidence,
+        fan_out=count, verifies=True,
+    )  # fmt: skip
+    canvases = plan.canvases
+    assert int(plan.text[0]) == known
+    seen = seen_by_segments(plan, page_size, -(-room // page_size), static)
+    assert seen[0] == [(position, "text") for position in range(start + known)]
+    existing = canvases.exists[0].nonzero()[:, 0].tolist()
+    assert len(seen) == 1 + len(existing)
+    for place, own in zip(existing, seen[1:], strict=True):
+        begin, rows = int(canvases.start[0, place]), length - int(family.shifts)
+        text = [(position, "text") for position in range(begin)]
+        assert own == text + [(begin + column, str(place)) for column in range(rows)]
+    if not less:
+        # One that crosses the end of a page may take the room of another one.
+        fits = 1 if page_size < length else count // 2
+        assert len(existing) >= min(fits, known)
+
+
+def test_the_draft_behind_the_break_is_the_next_one() -> None:
+    length = 4
+    plan = plan_of(
+        10, [1, 2, 3, 4], 1, 200, {"fan_out": 2, "denoises": False}, [1, 0.9, 0.2, 0.9],
+        fan_out=2, verifies=True,
+    )  # fmt: skip
+    assert (plan.canvases.start[0] - 11).tolist() == [1, 3]
+    token = torch.arange(2 * length).view(1, 2, length) + 20
+    chance = torch.full(token.shape, 0.5)
+    for held, expected in ((1, None), (2, [MASK, 21, 22, 23]), (4, [MASK, 25, 26, 27])):
+        one = torch.tensor([held])
+        found = drafts(plan, Text(one, one, 10 + one, one > 9), token, chance, MASK)
+        assert found.token[0].tolist() == (expected or [MASK] * length)
+        assert bool(found.hit) == (expected is not None)
