@@ -135,7 +135,6 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
     reasons = {
         "--runner pooling": model.runner_type != "generate",
         "--speculative-config": vllm_config.speculative_config is not None,
-        "--enable-lora": vllm_config.lora_config is not None,
         "--enable-dbo": bool(parallel.enable_dbo),
         "--logits-processors": bool(model.logits_processors),
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
