@@ -174,6 +174,7 @@ def set_platform_defaults(vllm_config: Any, config: BlockDiffusionConfig) -> Non
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if current_platform.is_cpu():
+        _refuse_on_cpu(vllm_config)
         _keep_float32_on_cpu(vllm_config)
         _limit_cpu_kv_cache(vllm_config)
         _preload_intel_openmp()
@@ -186,6 +187,15 @@ def set_platform_defaults(vllm_config: Any, config: BlockDiffusionConfig) -> Non
         raise ValueError(
             "--additional-config: nbdiff.attention_kernel is an option of the plugin's own "
             f"attention, and {backend.name} is used"
+        )
+
+
+def _refuse_on_cpu(vllm_config: Any) -> None:
+    """Raise ValueError for what vLLM has no CPU operations for."""
+    if vllm_config.lora_config is not None and vllm_config.model_config.is_moe:
+        raise ValueError(
+            "--enable-lora is not supported on a CPU with a model that has experts: vLLM's LoRA "
+            "layers of experts need a GPU"
         )
 
 
