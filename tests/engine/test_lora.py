@@ -131,6 +131,23 @@ def test_what_vllm_refuses(
     assert tokens_of(run(llm, every_request()[:1], [checkpoints[1][0]])) == merged[1][0][:1]
 
 
+def test_bfloat16(golden_checkpoint: Path, make_llm: Callable[..., Any], tmp_path: Path) -> None:
+    """An adapter that adds nothing changes nothing; exact merging has no meaning in bfloat16."""
+    write_adapter(golden_checkpoint, tmp_path / "strong")
+    write_adapter(golden_checkpoint, tmp_path / "empty", seed=1, strength=0)
+    llm = make_llm(golden_checkpoint, **SIZES | LORA | {"dtype": "bfloat16"})
+    adapters = (
+        None,
+        *(LoRARequest(n, i, str(tmp_path / n)) for i, n in ((1, "empty"), (2, "strong"))),
+    )
+    requests = every_request()[::3]
+    plain, empty, strong = (
+        tokens_of(run(llm, requests, [adapter] * len(requests))) for adapter in adapters
+    )
+    assert plain == empty
+    assert all(a != b for a, b in zip(plain, strong, strict=True))
+
+
 @pytest.mark.parametrize("model_type", ["PanguEmbedded", "qwen2", "qwen3"])
 def test_backbone(
     model_type: str,

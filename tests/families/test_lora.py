@@ -21,7 +21,7 @@ from tests.families.test_block_causal_decoding import BLOCK, EOS, LENGTH, decode
 from tests.families.test_options import start
 from vllm_nbdiff.reference import generate
 
-PROMPTS = [[(17 * i + 5 * n) % 240 + 3 for i in range(n)] for n in (1, 13, 30)]
+PROMPTS = [[(17 * i + 5 * n) % 130 + 110 for i in range(n)] for n in (1, 13, 30)]
 Decoder = Callable[[list[int]], list[int]]
 
 
@@ -71,7 +71,8 @@ def test_text(family: str, tmp_path: Path) -> None:
     folder = checkpoint(family, tmp_path / "plain")
     merged = write_adapter(folder, tmp_path / "adapter")
     decoder, extra = CASES[family]
-    expected = [decoder(family, path)(p) for path in (merged, folder) for p in PROMPTS]
+    decoders = [decoder(family, path) for path in (merged, folder)]
+    expected = [decoded(prompt) for decoded in decoders for prompt in PROMPTS]
     llm = serve(
         folder,
         hf_overrides={"block_length": BLOCK},
@@ -80,8 +81,9 @@ def test_text(family: str, tmp_path: Path) -> None:
         max_lora_rank=8,
     )
     params = SamplingParams(
-        temperature=0, max_tokens=LENGTH, detokenize=False, stop_token_ids=[EOS], extra_args=extra
-    )
+        temperature=0, max_tokens=LENGTH, detokenize=False, ignore_eos=True,
+        stop_token_ids=[EOS], extra_args=extra,
+    )  # fmt: skip
     requests: list[Any] = [{"prompt_token_ids": prompt} for prompt in 2 * PROMPTS]
     adapter = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
     adapters = [adapter] * len(PROMPTS) + [None] * len(PROMPTS)

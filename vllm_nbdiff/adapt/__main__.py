@@ -64,7 +64,7 @@ class AdaptArguments:
         default=False, metadata={"help": "train an adapter (PEFT) that --model serves as it is"}
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the adapter's matrices"})
-    lora_alpha: float | None = field(
+    lora_alpha: int | None = field(
         default=None, metadata={"help": "scale of the adapter, by its rank; default: 2 ranks"}
     )
     lora_targets: list[str] = field(

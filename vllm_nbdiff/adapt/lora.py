@@ -40,7 +40,7 @@ def served_mask_token(folder: Path, block_length: int) -> int:
 
 
 def add_adapter(
-    model: PreTrainedModel, rank: int, alpha: float | None, targets: Sequence[str]
+    model: PreTrainedModel, rank: int, alpha: int | None, targets: Sequence[str]
 ) -> Any:
     """The model with a fresh adapter, its own weights frozen.
 

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 
 class AdapterTable:
-    """The adapters of all requests; tells LoRA layers those of rows."""
+    """The adapters of all requests; tells LoRA layers those of rows.
+
+    Order: `GPUModelRunner.execute_model` (vllm/v1/worker/gpu/model_runner.py):
+    `self._set_active_loras`, `model_state.prepare_attn`.
+    Upstream: `compute_prompt_logprobs_with_chunking`,
+    `PromptLogprobsWorker.compute_prompt_token_id_logprobs`
+    (vllm/v1/worker/gpu/sample/prompt_logprob.py), which slice hidden states.
+    """
 
     def __init__(self, manager: LoRAModelManager, slots: int) -> None:
         """With the model's manager, whose adapters the runner loads, and room for requests."""

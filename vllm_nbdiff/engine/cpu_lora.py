@@ -17,7 +17,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 class AdapterRows(NamedTuple):
     """The rows of one adapter."""
 
-    index: int  # of the adapter in stacked weights
+    slot: int  # of the adapter in stacked weights
     rows: Tensor | slice  # [n] int64, or all
 
 
@@ -37,8 +37,8 @@ def add_product(
     In float32 where either is; other rows stay. `y` may have more columns than weights have rows,
     or fewer: layers pad differently.
     """
-    for index, rows in groups:
-        weight = weights[index].squeeze(0)
+    for slot, rows in groups:
+        weight = weights[slot].squeeze(0)
         dtype = torch.promote_types(y.dtype, torch.promote_types(x.dtype, weight.dtype))
         product = scale * (x[rows].to(dtype) @ weight.to(dtype).T)
         width = min(y.shape[1], product.shape[1])

@@ -129,9 +129,9 @@ class NBDiffModelState(ModelState):
         # Of one request: a text, a canvas and its drafts, a seed.
         rows = (2 + self.config.engine.max_drafts) * block + 1
         most = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * rows)
-        table = AdapterTable(compat.map_rows_of_adapters(self._model, most), slots)
-        self._model.adapters = table
-        return table
+        model: Any = self._model
+        model.adapters = AdapterTable(compat.map_rows_of_adapters(model, most), slots)
+        return model.adapters
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         params = new_req_data.sampling_params
