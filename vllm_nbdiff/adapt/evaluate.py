@@ -13,9 +13,10 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vllm_nbdiff.adapt import problems
+from vllm_nbdiff.adapt.lora import rank_of
 from vllm_nbdiff.families.family import NBDIFF, family_of
 
 FORWARDS = "vllm:diffusion_num_denoising_steps"
@@ -72,12 +73,17 @@ def from_file(path: Path, count: int) -> list[Question]:
     return [Question(talk[:-1], talk[-1]["content"]) for talk in talks]
 
 
-def engine(model: Path, architecture: str) -> Any:
-    """``model`` decoded the way of ``architecture``, in the precision of its file."""
+def engine(model: Path, architecture: str, lora: Path | None = None) -> Any:
+    """``model`` decoded the way of ``architecture``, in the precision of its file; with room for an
+    adapter like ``lora``."""
     from vllm import LLM
+    from vllm.config.lora import MaxLoRARanks
     from vllm.platforms import current_platform
 
-    config = json.loads((model / "config.json").read_text())
+    config, adapters = json.loads((model / "config.json").read_text()), {}
+    if lora is not None:
+        rank = min(most for most in get_args(MaxLoRARanks) if most >= rank_of(lora))
+        adapters = {"enable_lora": True, "max_lora_rank": rank}
     return LLM(
         model=str(model),
         dtype=config.get("dtype", "auto"),  # vLLM's own choice for float32 is a shorter type
@@ -86,14 +92,20 @@ def engine(model: Path, architecture: str) -> Any:
         disable_log_stats=False,
         # Stock vLLM on a CPU would claim nearly all memory of the host, or refuse to start.
         gpu_memory_utilization=0.3 if current_platform.is_cpu() else 0.9,
+        **adapters,
     )
 
 
 def score(
-    llm: Any, questions: list[Question], max_tokens: int, extra: dict[str, Any] | None = None
+    llm: Any,
+    questions: list[Question],
+    max_tokens: int,
+    extra: dict[str, Any] | None = None,
+    lora: Path | None = None,
 ) -> tuple[float, float]:
     """Exact answers in percent, and tokens per forward (1 for an AR engine)."""
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     def forwards() -> float:
         return sum(m.value for m in llm.get_metrics() if m.name == FORWARDS)
@@ -101,7 +113,9 @@ def score(
     before = forwards()
     chats: Any = [question.messages for question in questions]
     params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extra)
-    outputs = [output.outputs[0] for output in llm.chat(chats, params, use_tqdm=True)]
+    adapter = None if lora is None else LoRARequest("adapter", 1, str(lora))
+    answers = llm.chat(chats, params, use_tqdm=True, lora_request=adapter)
+    outputs = [answer.outputs[0] for answer in answers]
     right = sum(o.text.strip() == q.answer for q, o in zip(questions, outputs, strict=True))
     spent = forwards() - before
     tokens = sum(len(output.token_ids) for output in outputs)
@@ -114,8 +128,10 @@ def evaluate(
     max_tokens: int,
     thresholds: list[float],
     small_blocks: list[int],
+    lora: Path | None = None,
 ) -> list[Score]:
     """AR, the checkpoint's default options, then every setting; rows are printed as they come.
+    With ``lora`` an adapter of the checkpoint is asked.
 
     There is no AR row where the context is block-causal: rows that see what comes after them in
     their block were never trained to predict it.
@@ -130,16 +146,16 @@ def evaluate(
 
     print("| decoding | exact | tokens per forward |\n|---|---|---|")
     if not family.block_causal:
-        llm = engine(model, AR_ARCHITECTURES[config["model_type"]])
-        add(Score("AR", *score(llm, questions, max_tokens)))
+        llm = engine(model, AR_ARCHITECTURES[config["model_type"]], lora)
+        add(Score("AR", *score(llm, questions, max_tokens, lora=lora)))
         del llm
-    llm = engine(model, next(iter(family.models)))
-    add(Score("block diffusion, default options", *score(llm, questions, max_tokens)))
+    llm = engine(model, next(iter(family.models)), lora)
+    add(Score("block diffusion, default options", *score(llm, questions, max_tokens, lora=lora)))
     for small in small_blocks:
         for threshold in thresholds:
             extra = {"nbdiff_small_blocks": small, "nbdiff_threshold": threshold}
             name = f"{small} sub-block{'s' if small > 1 else ''}, threshold {threshold:g}"
-            exact, tpf = score(llm, questions, max_tokens, extra)
+            exact, tpf = score(llm, questions, max_tokens, extra, lora)
             add(Score(name, exact, tpf, small, threshold))
     return rows
 
@@ -148,6 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description="Exact answers and tokens per forward.")
     parser.add_argument("--model", type=Path, required=True, help="block-diffusion checkpoint")
+    parser.add_argument("--lora", type=Path, help="adapter of it that is asked")
     parser.add_argument("--data", type=Path, help="JSON lines with messages; default: bundled task")
     parser.add_argument("--limit", type=int, default=300, help="questions to ask")
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -162,9 +179,8 @@ def main() -> None:
     options = parse_arguments()
     asked = options.limit
     questions = from_file(options.data, asked) if options.data else bundled_task(asked)
-    rows = evaluate(
-        options.model, questions, options.max_tokens, options.thresholds, options.small_blocks
-    )
+    settings = (options.thresholds, options.small_blocks)
+    rows = evaluate(options.model, questions, options.max_tokens, *settings, options.lora)
     *ar, default = [row for row in rows if row.threshold is None]
     ar_exact = round(ar[0].exact, 2) if ar else None
     summary = {
@@ -179,8 +195,8 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         result = {**summary, "rows": [asdict(row) for row in rows]}
         (options.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-        settings = [asdict(row) for row in rows if row.threshold is not None]
-        threshold_curves(settings, ar_exact, options.out / "curve.png")
+        swept = [asdict(row) for row in rows if row.threshold is not None]
+        threshold_curves(swept, ar_exact, options.out / "curve.png")
     print(json.dumps(summary))
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
+from vllm_nbdiff.engine.adapters import AdapterTable
 from vllm_nbdiff.engine.auto import AutoDrafts
 from vllm_nbdiff.engine.decoder import Decoder
 from vllm_nbdiff.engine.forward import Forward, PagedBatch
@@ -29,6 +31,7 @@ class ForwardLoop:
         auto: AutoDrafts,
         steps_per_schedule: int,
         seconds_per_schedule: float,
+        adapters: AdapterTable | None = None,
     ) -> None:
         """
         Args:
@@ -38,12 +41,14 @@ class ForwardLoop:
             steps_per_schedule: most forwards of a schedule.
             seconds_per_schedule: none begins later than that in a schedule, so that new requests
                 and aborts are seen.
+            adapters: of all requests; None: the server has none.
         """
         self.model = model
         self.decoder = decoder
         self.auto = auto
         self.steps_per_schedule = steps_per_schedule
         self.seconds_per_schedule = seconds_per_schedule
+        self.adapters = adapters
         self.forward: Forward | None = None
 
     def begin(self, schedule: Schedule, paged: PagedBatch) -> dict[str, Any]:
@@ -54,6 +59,12 @@ class ForwardLoop:
         if schedule.facts.static:
             metadata = paged.in_place(plan, schedule.batch, schedule.facts, schedule.longest)
             runner.logits_indices = self.decoder.logits_rows(runner.query_start_loc)
+            if self.adapters is not None:
+                # What the device knows as well, of the host.
+                requests = np.arange(len(schedule.slots))
+                tokens = requests.repeat(schedule.scheduled)
+                logits = requests.repeat(schedule.facts.rows)
+                self.adapters.begin_forward(schedule.slots, tokens, logits)
             return metadata
         self.forward = paged.forward(plan, schedule.batch, schedule.facts)
         if self.forward is None:
@@ -61,6 +72,7 @@ class ForwardLoop:
             paged.slot_mappings.fill_(PAD_SLOT_ID)
             runner.logits_indices = torch.zeros(0, dtype=torch.int64)
             return paged.of_runner(int(runner.seq_lens.max()))
+        self._set_adapters(self.forward)
         runner.logits_indices = self._needed_rows(self.forward)
         if schedule.scores_prompt:
             # vLLM scores prompts where the runner laid them out.
@@ -79,6 +91,13 @@ class ForwardLoop:
         begin = count.cumsum(0) - count
         last = (begin + count - 1).clamp(min=0)
         return torch.minimum(begin[owner] + offset, last[owner])
+
+    def _set_adapters(self, forward: Forward) -> None:
+        """Of a forward of its own rows."""
+        if self.adapters is not None:
+            tokens, logits = forward.rows.owner, self.decoder.row_owners()
+            slots = self.decoder.schedule.slots
+            self.adapters.begin_forward(slots, tokens.numpy(), logits.numpy())
 
     def _needed_rows(self, forward: Forward) -> torch.Tensor:
         """[n] int64, the rows of a forward of its own rows that need logits."""
@@ -103,6 +122,7 @@ class ForwardLoop:
             if forward is None:
                 break
             planned = perf_counter()
+            self._set_adapters(forward)
             hidden = self.model(input_ids=None, positions=forward.rows.position, segments=forward)
             logits = self.model.compute_logits(hidden[self._needed_rows(forward)])
             ran = perf_counter()
@@ -113,4 +133,6 @@ class ForwardLoop:
         broken = decoder.tally.broken
         if broken is not None and not decoder.schedule.facts.static:
             self._paged.heal(broken.nonzero()[:, 0])
+        if self.adapters is not None and decoder.schedule.scores_prompt:
+            self.adapters.score_prompts(decoder.schedule.slots, decoder.schedule.scheduled)
         auto.end_schedule(forwards, decoder.emitted, decoder.schedule.facts.prefills)

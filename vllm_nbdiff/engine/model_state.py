@@ -25,6 +25,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_nbdiff import compat
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.decoding.canvas import CanvasTable
+from vllm_nbdiff.engine.adapters import AdapterTable
 from vllm_nbdiff.engine.auto import AutoDrafts
 from vllm_nbdiff.engine.constraints import ConstraintTable
 from vllm_nbdiff.engine.counts import CountedOutput, count_nans
@@ -49,6 +50,7 @@ class NBDiffModelState(ModelState):
     num_new_sampled_tokens_per_step = 0
     loop: ForwardLoop
     reader: ScheduleReader
+    adapters: AdapterTable | None
 
     def __init__(
         self,
@@ -117,13 +119,28 @@ class NBDiffModelState(ModelState):
         # Clocks differ between ranks, which must run the same forwards.
         alone = config.tensor_parallel_size == 1
         seconds = _SECONDS_PER_SCHEDULE if alone else math.inf
-        self.loop = ForwardLoop(self._model, decoder, auto, steps, seconds)
+        self.adapters = self._make_adapters(slots)
+        self.loop = ForwardLoop(self._model, decoder, auto, steps, seconds, self.adapters)
         return NBDiffSampler(self.loop, sampler.compute_nans), None
+
+    def _make_adapters(self, slots: int) -> AdapterTable | None:
+        """Where the server has LoRA adapters."""
+        if self.vllm_config.lora_config is None:
+            return None
+        scheduler, block = self.vllm_config.scheduler_config, self.config.block_length
+        # Of one request: a text, a canvas and its drafts, a seed.
+        rows = (2 + self.config.engine.max_drafts) * block + 1
+        most = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * rows)
+        model: Any = self._model
+        model.adapters = AdapterTable(compat.map_rows_of_adapters(model, most), slots)
+        return model.adapters
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         params = new_req_data.sampling_params
         assert params is not None
         self._slot_of[new_req_data.req_id] = req_index
+        if self.adapters is not None:
+            self.adapters.add_request(req_index, new_req_data.lora_request)
         prompt_len = new_req_data.prompt_len
         constrained = self.constraints.add_request(req_index, params, prompt_len)
         self.grammars.add_request(req_index, params, prompt_len)

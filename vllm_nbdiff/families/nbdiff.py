@@ -18,11 +18,15 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 if TYPE_CHECKING:
+    from vllm_nbdiff.engine.adapters import AdapterTable
     from vllm_nbdiff.engine.forward import Forward
 
 
 class BlockDiffusion:
     """Mixin: a vLLM backbone decoded block by block."""
+
+    adapters: AdapterTable | None = None
+    """Of all requests; None: the server has none."""
 
     def forward(
         self,
@@ -47,6 +51,8 @@ class BlockDiffusion:
         """
         if not len(hidden_states):
             return hidden_states.new_empty(0, self.config.vocab_size)  # type: ignore[attr-defined]
+        if self.adapters is not None:
+            self.adapters.before_logits(hidden_states)
         return super().compute_logits(hidden_states)  # type: ignore[misc]
 
     @staticmethod

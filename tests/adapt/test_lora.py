@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adapt --lora` trains an adapter of the bundled checkpoint, which serves it by name."""
+
+import json
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tests.adapt.command import MAX_TOKENS, NANO, prompts, questions
+from tests.conftest import in_process
+from tests.serving.server import NAME, serve
+from vllm_nbdiff.adapt import evaluate, problems
+from vllm_nbdiff.adapt.__main__ import parse, prepare
+from vllm_nbdiff.reference import generate
+
+COUNT = 4
+FLAGS = ("--enable-lora", "--max-lora-rank=8", "--dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained to say no more than the last word of an answer, twice."""
+    folder = tmp_path_factory.mktemp("lora")
+    with (folder / "data.jsonl").open("w") as data:
+        for problem in islice(problems.training(0), 400):
+            word = problem.answer.split()[-1]
+            question = {"role": "user", "content": problem.prompt}
+            answer = {"role": "assistant", "content": f"{word} {word}"}
+            data.write(json.dumps({"messages": [question, answer]}) + "\n")
+    options = {
+        "model": NANO,
+        "data": folder / "data.jsonl",
+        "out": folder / "out",
+        "batch-tokens": 1024,
+        "max-steps": 40,
+        "learning-rate": 1e-2,
+        "lora-rank": 8,
+    }
+    words = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "vllm_nbdiff.adapt", "--lora", *words]
+    run = subprocess.run(
+        [*command, "--skip-engine", "--use-cpu"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def merged(adapter: Path) -> PreTrainedModel:
+    """The checkpoint with the adapter, by PEFT."""
+    model = PeftModel.from_pretrained(load(), str(adapter))
+    return model.merge_and_unload().eval()
+
+
+def load() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(NANO, attn_implementation="sdpa").float().eval()
+
+
+def texts(model: PreTrainedModel) -> list[str]:
+    """Greedy answers of the plain-transformers decoder at the checkpoint's defaults."""
+    config = json.loads((NANO / "config.json").read_text())
+    defaults = json.loads((NANO / "generation_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    answers = [
+        generate(
+            model,
+            prompt,
+            max_tokens=MAX_TOKENS,
+            mask_token_id=config["mask_token_id"],
+            eos_token_ids=[config["eos_token_id"]],
+            block_length=config["block_length"],
+            num_small_blocks=defaults["nbdiff_small_blocks"],
+            threshold=defaults["nbdiff_threshold"],
+        )
+        for prompt in prompts(NANO, COUNT)
+    ]
+    return [tokenizer.decode(a.token_ids, skip_special_tokens=True) for a in answers]
+
+
+def test_adapter_alone_is_written(adapter: Path) -> None:
+    summary = json.loads((adapter / "adaptation.json").read_text())
+    assert summary["after"]["masked_loss"] < 0.5 * summary["before"]["masked_loss"]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
+    assert set(config["target_modules"]) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert (adapter / "adapter_model.safetensors").exists()
+    assert not (adapter / "model.safetensors").exists() and not (adapter / "config.json").exists()
+
+
+def test_served_by_name(adapter: Path, merged: PreTrainedModel, tmp_path: Path) -> None:
+    """Beside the checkpoint itself; a name that nothing has is HTTP 404."""
+    expected = {NAME: texts(load()), "brief": texts(merged)}
+    assert all(a != b for a, b in zip(*expected.values(), strict=True))
+    with serve(tmp_path / "log", *FLAGS, f"--lora-modules=brief={adapter}") as server:
+        client = server.client()
+
+        def ask(name: str, messages: Any) -> str | None:
+            answer = client.chat.completions.create(
+                model=name, messages=messages, temperature=0, max_tokens=MAX_TOKENS
+            )
+            return answer.choices[0].message.content
+
+        for name, answers in expected.items():
+            assert [ask(name, messages) for messages in questions(COUNT)] == answers
+        with pytest.raises(openai.NotFoundError, match="other"):
+            ask("other", questions(1)[0])
+
+
+def test_evaluation_asks_the_adapter(adapter: Path, merged: PreTrainedModel) -> None:
+    said = [text.strip() for text in texts(merged)]
+    asked = [evaluate.Question(m, a) for m, a in zip(questions(COUNT), said, strict=True)]
+    with in_process():
+        llm = evaluate.engine(NANO, "NBDiffForCausalLM", adapter)
+    assert evaluate.score(llm, asked, MAX_TOKENS, lora=adapter)[0] == 100
+    assert evaluate.score(llm, asked, MAX_TOKENS)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora-rank=8"], "--lora-rank applies with --lora only"),
+        (["--lora", "--threshold=0.9"], "--threshold applies without --lora only"),
+        (["--lora", "--context=block-causal"], "--context applies without --lora only"),
+        (["--lora", "--block-length=16"], "--block-length 16 is not that of --model, 32"),
+        (["--lora", "--lora-targets", "nothing"], "Target modules .*nothing.* not found"),
+    ],
+    ids=str,
+)
+def test_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    options, _ = parse([f"--model={NANO}", "--data=none", f"--out={tmp_path}", *words])
+    with pytest.raises(ValueError, match=message):
+        prepare(options)
+
+
+def test_a_checkpoint_without_a_mask_token_is_refused(tmp_path: Path) -> None:
+    config = json.loads((NANO / "config.json").read_text())
+    del config["mask_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options, _ = parse([f"--model={tmp_path}", "--data=none", f"--out={tmp_path}", "--lora"])
+    with pytest.raises(ValueError, match=r"set mask_token_id in its config\.json"):
+        prepare(options)
