@@ -26,15 +26,15 @@ def test_metrics_patch_is_needed(served: VllmConfig) -> None:
     assert exported() == set()
     metrics = PrometheusStatLogger(served)
     assert {"vllm:diffusion_num_denoising_steps", "vllm:diffusion_num_ar_steps"} <= exported()
-    counts = compat.add_counts(None, (1, 2, 3, 4, 5), "verify", 70)
-    counts = compat.add_counts(counts, (10, 0, 0, 0, 0), "ar", 8)
+    counts = compat.add_counts(None, (1, 2, 3, 4, 5, 6, 7), "verify", 70)
+    counts = compat.add_counts(counts, (10, 0, 0, 0, 0, 0, 0), "ar", 8)
     metrics.spec_decoding_prom.observe(counts)
     family = {metric.name: metric for metric in REGISTRY.collect()}
     values = [
         family[f"vllm:diffusion_num_{name}"].samples[0].value
-        for name in ("guessed_seeds", "confirmed_seeds", "ar_steps", "drafted_tokens")
+        for name in ("guessed_seeds", "confirmed_seeds", "ar_steps", "fan_outs")
     ]
-    assert values == [11, 2, 3, 4]
+    assert values == [11, 2, 3, 6]
     rows = {
         sample.labels["mode"]: sample.value
         for sample in family["vllm:diffusion_num_rows"].samples

@@ -18,7 +18,7 @@ from tests.conftest import counter, tokens_of
 from vllm_nbdiff import compat
 from vllm_nbdiff.engine.counts import CountedOutput, Counts, Tally, count_nans
 
-COLUMNS = torch.arange(18).view(9, 2)
+COLUMNS = torch.arange(22).view(11, 2)
 
 
 class Recorder:
@@ -74,7 +74,7 @@ def test_counts_reach_the_scheduler(copied: Callable[..., Any]) -> None:
     output, steps = copied(sampled(counts=COLUMNS.T.int()))
     assert output.sampled_token_ids == [[5], [6]] and output.num_nans_in_logits is None
     got = {name: Counts(*row) for name, row in compat.counts_of(output).items()}
-    assert got["a"] == Counts(*range(0, 18, 2)) and got["b"].accepted == 13
+    assert got["a"] == Counts(*range(0, 22, 2)) and got["b"].accepted == 13
     assert steps == ["wait", "wait", "record"]
 
 
@@ -85,6 +85,7 @@ def test_tally() -> None:
     tally.add_forward(torch.tensor([[8, 0], [8, 0], [0, 0]]))
     tally.add_guesses(decodes, torch.tensor([False, True, False]))
     tally.add_drafts(torch.tensor([7, 0, 0]), torch.tensor([5, 0, 0]))
+    tally.add_fan_outs(torch.tensor([3, 0, 0]), torch.tensor([True, False, False]))
     assert tally.columns(decodes)[:, -2:].tolist() == [[0, 0]] * 3
     tally.add_broken(torch.tensor([0, 2, 0]))
     tally.add_broken(torch.tensor([0, 1, 1]))
@@ -92,9 +93,9 @@ def test_tally() -> None:
     counts = tally.columns(decodes)
     assert counts.dtype == torch.int32
     got = [Counts(*row) for row in counts.tolist()]
-    assert got[0] == Counts(2, 9, 1, 0, 1, 7, 5, 0, 1)
-    assert got[1] == Counts(2, 24, 1, 1, 0, 0, 0, 3, 0)
-    assert got[2] == Counts(0, 20, 0, 0, 0, 0, 0, 1, 0)
+    assert got[0] == Counts(2, 9, 1, 0, 1, 7, 5, 3, 1, 0, 1)
+    assert got[1] == Counts(2, 24, 1, 1, 0, 0, 0, 0, 0, 3, 0)
+    assert got[2] == Counts(0, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0)
 
 
 def test_outputs_of_other_models_stay_as_they_are(copied: Callable[..., Any]) -> None:

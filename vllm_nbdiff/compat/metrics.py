@@ -15,6 +15,8 @@ MORE_COUNTERS = {
     "vllm:diffusion_num_ar_steps": "Forwards of one token.",
     "vllm:diffusion_num_drafted_tokens": "Tokens drafted for verification.",
     "vllm:diffusion_num_accepted_tokens": "Drafted tokens that verification accepted.",
+    "vllm:diffusion_num_fan_outs": "Drafts made for break points of texts being verified.",
+    "vllm:diffusion_num_fan_out_hits": "Texts that broke off where such a draft was there.",
 }
 KINDS = ("diffusion", "freedave", "verify", "ar", "auto")
 

@@ -34,6 +34,10 @@ class Counts(NamedTuple, Generic[Value]):
     """Tokens drafted for verification."""
     accepted: Value
     """Drafted tokens that verification accepted."""
+    fan_outs: Value
+    """Drafts made for break points of drafted texts, in the forwards that verified these."""
+    fan_hits: Value
+    """Drafted texts that broke off where such a draft was there."""
     broken: Value
     """Needed rows of logits with a NaN or an infinity, or 1 where a matcher failed: the request
     ends with an error."""
@@ -56,6 +60,7 @@ class Tally:
         self._rows: list[Tensor] = []
         self._guesses: list[tuple[Tensor, Tensor]] = []
         self._drafts: list[tuple[Tensor, Tensor]] = []
+        self._fan_outs: list[tuple[Tensor, Tensor]] = []
         self.broken: Tensor | None = None
         """[B] int64, broken rows; None: there are none."""
         self._stuck: Tensor | None = None
@@ -71,6 +76,10 @@ class Tally:
     def add_drafts(self, drafted: Tensor, accepted: Tensor) -> None:
         """Tokens of verified drafts, [B] int64 each."""
         self._drafts.append((drafted, accepted))
+
+    def add_fan_outs(self, made: Tensor, hit: Tensor) -> None:
+        """Drafts made for break points, [B] int64, and whose texts broke off at one, [B] bool."""
+        self._fan_outs.append((made, hit))
 
     def add_broken(self, rows: Tensor) -> None:
         """Rows of broken logits, [B] int64."""
@@ -92,6 +101,7 @@ class Tally:
         none = torch.zeros_like(rows[0])
         guesses, hits = self._sums(self._guesses, none)
         drafted, accepted = self._sums(self._drafts, none)
+        fan_outs, fan_hits = self._sums(self._fan_outs, none)
         counts = Counts(
             forwards=decodes * len(rows),
             rows=rows.sum(0),
@@ -100,6 +110,8 @@ class Tally:
             singles=((rows == 1) & decodes).sum(0),
             drafted=drafted,
             accepted=accepted,
+            fan_outs=fan_outs,
+            fan_hits=fan_hits,
             broken=none if self.broken is None else self.broken,
             stuck=none if self._stuck is None else self._stuck,
         )

@@ -291,6 +291,10 @@ class Decoder:
             self.tally.add_drafts(
                 torch.where(verified, plan.text - 1, 0), torch.where(verified, text.length - 1, 0)
             )
+            if facts.fan_out:
+                drafting = (plan.text > 1) & (plan.options.fan_out > 0)
+                made = torch.where(drafting, plan.canvases.exists.sum(1), 0)
+                self.tally.add_fan_outs(made, hit & drafting)
             rows = plan.segments.length.sum(1)
             self.read = plan.text, text.length, hit.long(), rows
 

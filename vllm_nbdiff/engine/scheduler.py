@@ -268,7 +268,10 @@ class NBDiffScheduler(Scheduler):
         if not self.log_stats:
             return None
         counts, kind = self._counts[request_id], self._canvases[self.requests[request_id]].kind
-        more = (counts.guesses, counts.hits, counts.singles, counts.drafted, counts.accepted)
+        more = (
+            *(counts.guesses, counts.hits, counts.singles, counts.drafted, counts.accepted),
+            *(counts.fan_outs, counts.fan_hits),
+        )
         stats = compat.add_counts(spec_decoding_stats, more, kind, counts.rows)
         stats.num_drafts += counts.forwards
         stats.num_draft_tokens += counts.rows
