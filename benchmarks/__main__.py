@@ -32,7 +32,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.budget import Budget
-from benchmarks.engines import AR, DIFFUSION, MODES, OURS, REAL_MODES, STOCK, VERIFY, Engine, Sample
+from benchmarks.engines import (
+    AR,
+    DIFFUSION,
+    MODES,
+    OURS,
+    REAL_MODES,
+    STOCK,
+    TWO_FORWARDS,
+    VERIFY,
+    Engine,
+    Sample,
+)
 from benchmarks.nano import CHECKPOINT, Nano
 from benchmarks.random_model import (
     Random125M,
@@ -175,7 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smoke run: batch 1 and 4, one round")
     parser.add_argument("--nano", type=Path, default=CHECKPOINT, help="checkpoint of model nano")
     parser.add_argument("--tpf", type=float, help="force 125m to it; default: what nano reaches")
-    parser.add_argument("--verify-tpf", type=float, help="the same for the modes that verify")
+    parser.add_argument("--verify-tpf", type=float, help="the same for two_forwards")
     parser.add_argument("--dtype", help="of 125m; default: bfloat16 where the CPU has it, float32")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json too")
     options = parser.parse_args()
@@ -183,8 +194,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--models without nano needs --tpf and --verify-tpf")
     if "125m" in options.models and set(REAL_MODES) & set(options.modes):
         parser.error(f"--modes {' '.join(REAL_MODES)} need --models nano: text of 125m is forced")
-    if {AR, DIFFUSION, VERIFY} - set(options.modes):
-        parser.error("--modes needs ar, diffusion and verify")
+    needed = {AR, DIFFUSION, VERIFY}
+    if options.verify_tpf is None and "125m" in options.models:
+        needed.add(TWO_FORWARDS)
+    if needed - set(options.modes):
+        parser.error(f"--modes needs {', '.join(sorted(needed))}")
     if options.quick:
         options.batches, options.rounds = (1, 4), 1
     options.dtype = options.dtype or native_dtype()
@@ -203,7 +217,7 @@ def main() -> None:
         reached = run.nano() if "nano" in options.models else {}
         if "125m" in options.models:
             mix = run.random_125m(
-                options.tpf or reached[DIFFUSION], options.verify_tpf or reached[VERIFY]
+                options.tpf or reached[DIFFUSION], options.verify_tpf or reached[TWO_FORWARDS]
             )
     rows = [asdict(row) for row in run.rows]
     for row in rows:

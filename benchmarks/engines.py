@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 STOCK, OURS = "LlamaForCausalLM", "NBDiffForCausalLM"
-AR, DIFFUSION, VERIFY = "ar", "diffusion", "verify"
+AR, DIFFUSION, VERIFY, TWO_FORWARDS = "ar", "diffusion", "verify", "two_forwards"
 # What is measured, `ar` on stock vLLM, the rest on our engine; `nbdiff_ar` is our mode `ar`.
-MODES = (AR, DIFFUSION, "fused", "block_cache", VERIFY, "nbdiff_ar", "auto")
+MODES = (AR, DIFFUSION, "fused", "block_cache", VERIFY, TWO_FORWARDS, "nbdiff_ar", "auto")
 # One position a step, and the same text by FreeDave: only where text is really generated.
 REAL_MODES = ("one", "freedave")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fused": {"nbdiff_fused_commit": 1},
     "block_cache": {"nbdiff_block_cache": 1},
     VERIFY: {"nbdiff_mode": "verify"},
+    TWO_FORWARDS: {"nbdiff_mode": "verify", "nbdiff_fan_out": 0},
     "nbdiff_ar": {"nbdiff_mode": "ar"},
     "auto": {"nbdiff_mode": "auto"},
     "one": {"nbdiff_threshold": 1.0},

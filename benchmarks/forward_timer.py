@@ -59,7 +59,8 @@ class ForwardTimer:
     def force_acceptance(self, chance: float) -> None:
         """Replace what verification reads from the logits: a drafted token is right by chance.
 
-        A wrong one is answered with token 0 or 1; neither may be the mask.
+        A wrong one is answered with token 0 or 1; neither may be the mask. Drafts say that chance
+        of themselves.
         """
         sampler = self.model_runner.model_state.loop.decoder.sampler
         draw, random = sampler.draw, torch.Generator().manual_seed(0)
@@ -73,7 +74,11 @@ class ForwardTimer:
             drafted = tokens[owner, (column + 1).clamp(max=tokens.shape[1] - 1)]
             right = torch.rand(len(owner), generator=random) < chance
             token = torch.where(right.to(owner.device), drafted, (drafted == 0).long())
-            return drawn._replace(token=torch.where(verified, token, drawn.token))
+            drafts = plan.options.verifies[owner] & (column >= plan.num_next)
+            return drawn._replace(
+                token=torch.where(verified, token, drawn.token),
+                probability=torch.where(drafts, chance, drawn.probability),
+            )
 
         sampler.draw = forced
 
