@@ -14,7 +14,7 @@ from vllm_nbdiff.compat.front_end import (
     validate_at_admission,
     validate_before_streaming,
 )
-from vllm_nbdiff.compat.grammars import GrammarCompiler, share_compiler
+from vllm_nbdiff.compat.grammars import GrammarCompiler, name_backend, share_compiler
 from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
 from vllm_nbdiff.compat.scheduler import allocate_own_lookahead, leave_ends_uncached
 from vllm_nbdiff.compat.thinking import reasoning_config
@@ -40,6 +40,7 @@ __all__ = [
     "counts_of",
     "ignore_grammar_of_warm_up",
     "leave_ends_uncached",
+    "name_backend",
     "needs_cpu_kernels",
     "reasoning_config",
     "register_config_hook",
