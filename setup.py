@@ -18,6 +18,7 @@ EXTRAS = {
         "httpx",
         "hypothesis",
         "jsonschema",
+        "lm-eval[api]",
         "mypy",
         "openai",
         "pytest",

@@ -199,6 +199,7 @@ def test_bad_checkpoint(checkpoint: Path, overrides: dict[str, Any], message: st
         ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls is not supported"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds is not supported"),
         ({"logits_processors": ["a:B"]}, "--logits-processors is not supported"),
+        ({"enable_return_routed_experts": True}, "--enable-return-routed-experts is not supported"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size above 1 is not supported"),
     ],
     ids=str,

@@ -144,6 +144,8 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
         "--enable-prompt-embeds": model.enable_prompt_embeds,
         "--enable-trace-replay": model.enable_trace_replay,
         "--return-sampling-mask": model.return_sampling_mask,
+        # Kept for each row of a forward: a canvas has many of them for one token.
+        "--enable-return-routed-experts": vllm_config.aux_output_config.enabled,
         "--watermark-config": vllm_config.watermark_config is not None,
         # It admits requests by itself, without our checks.
         "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.request import Request, RequestStatus
 
 from tests.conftest import counter, in_process, options, tokens_of
 from tests.engine.grammar_cases import is_valid, random_constraint
@@ -249,9 +250,20 @@ def test_nothing_left_aborts_a_request(plain_engine: Any) -> None:
 def test_a_worker_compiles_with_the_schedulers_compiler(plain_engine: Any) -> None:
     core = plain_engine.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
-    compiler = runner.model_state.grammars._compiler
     generate(plain_engine, [(PROMPTS[0], params({"choice": ["a"]}))])
-    assert compiler._manager is core.scheduler.structured_output_manager
+    assert core.scheduler.structured_output_manager.backend is not None
+    assert runner.model_state.grammars._compiler._own is None
+
+
+def test_requests_name_the_schedulers_backend(plain_engine: Any) -> None:
+    """Whatever the front end found for them."""
+    scheduler = plain_engine.llm_engine.engine_core.engine_core.scheduler
+    generate(plain_engine, [(PROMPTS[0], params({"choice": ["a"]}))])
+    own = params({"choice": ["b"]})
+    own.structured_outputs._backend = "guidance"
+    scheduler.add_request(Request("other", [5, 6], own, None))
+    scheduler.finish_requests("other", RequestStatus.FINISHED_ABORTED)
+    assert own.structured_outputs._backend == "xgrammar"
 
 
 def test_drafts_follow_the_grammar(plain_engine: Any) -> None:

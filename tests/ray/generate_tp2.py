@@ -6,12 +6,18 @@ python generate_tp2.py {mp,ray} {dynamic,static} CHECKPOINT HF_OVERRIDES < reque
 
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 
 def main() -> None:
-    """Read requests, `{"prompt": ids, "params": {...}}` each, and answer."""
+    """Read requests, `{"prompt": ids, "params": {...}}` each, and answer.
+
+    Where the checkpoint has a tokenizer they may have a `constraint`.
+    """
     executor, shapes, checkpoint, overrides = sys.argv[1:]
     requests = json.load(sys.stdin)
     if executor == "ray":
@@ -22,7 +28,7 @@ def main() -> None:
         checkpoint,
         tensor_parallel_size=2,
         distributed_executor_backend=executor,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not (Path(checkpoint) / "tokenizer.json").exists(),
         hf_overrides=json.loads(overrides),
         dtype="float32",
         enforce_eager=True,
@@ -32,10 +38,17 @@ def main() -> None:
     )
     outputs = llm.generate(
         [{"prompt_token_ids": request["prompt"]} for request in requests],
-        [SamplingParams(**request["params"]) for request in requests],
+        [params_of(request) for request in requests],
         use_tqdm=False,
     )
     print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+
+
+def params_of(request: dict[str, Any]) -> SamplingParams:
+    """What a request asks for."""
+    constraint = request.get("constraint")
+    wanted = StructuredOutputsParams(**constraint) if constraint else None
+    return SamplingParams(structured_outputs=wanted, **request["params"])
 
 
 if __name__ == "__main__":

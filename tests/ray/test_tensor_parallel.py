@@ -7,18 +7,22 @@ needs one that pretends to have devices (`cpu_for_ray`).
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+from transformers import AutoTokenizer
 
 from tests.conftest import GOLDEN
 from tests.families.test_golden import cases_of
 from tests.families.test_golden import request_of as family_request_of
 
 HERE = Path(__file__).parent
+NANO = HERE.parents[1] / "examples" / "nbdiff-nano"
 ALGORITHMS = {"origin": "confidence", "confidence_threshold": "confidence", "entropy": "entropy"}
 BLOCK_LENGTH = 8
 
@@ -109,3 +113,24 @@ def test_families_with_two_workers(family: str) -> None:
         requests,
     )
     assert tokens == [case["expected"] for case in cases]
+
+
+@pytest.mark.long
+def test_grammars_with_two_workers() -> None:
+    """Each compiles for itself, all with the backend of the first request: xgrammar does not know
+    `multipleOf`."""
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    schema = {"type": "integer", "multipleOf": 7, "minimum": 20, "maximum": 99}
+    prompt = tokenizer.encode("<|user|>How many pens are left?<|assistant|>")
+    requests = [
+        {"constraint": {"json": schema}},
+        *({"constraint": {"regex": "[A-Z][a-z]{4} [0-9]{2}"}} for _ in range(2)),
+        {},
+    ]
+    for request, mode in zip(requests, ("diffusion", "diffusion", "verify", "ar"), strict=True):
+        params = {"temperature": 0, "max_tokens": 40, "extra_args": {"nbdiff_mode": mode}}
+        request |= {"prompt": prompt, "params": params}
+    answers, _ = generate(["mp", "dynamic", str(NANO), "{}"], requests)
+    number, *words, _ = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers)
+    jsonschema.validate(json.loads(number), schema)
+    assert all(re.fullmatch("[A-Z][a-z]{4} [0-9]{2}", word) for word in words)

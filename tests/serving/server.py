@@ -22,7 +22,11 @@ from prometheus_client.parser import text_string_to_metric_families
 MODEL = Path(__file__).parents[2] / "examples" / "nbdiff-nano"
 NAME = "nano"
 # Of the server and of its offline twin.
-ENGINE: dict[str, Any] = {"max_model_len": 512, "kv_cache_memory_bytes": 256 << 20}
+ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": 256 << 20,
+}
 START_LIMIT = 400  # seconds, on a machine that is busy with something else
 STOP_LIMIT = 60
 

@@ -12,8 +12,8 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from tests.serving.server import MODEL, NAME, serve
-from tests.serving.test_requests import QUESTION, chat, complete
+from tests.serving.server import MODEL, serve
+from tests.serving.test_requests import chat, complete
 
 SCHEMA = {
     "type": "object",
@@ -62,19 +62,65 @@ def tool_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.Ope
         yield running.client()
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_tools(tool_client: openai.OpenAI, compact: dict[str, Any], named: bool) -> None:
-    """A tool that has to be called is called with arguments that meet its schema."""
-    choice = {"type": "function", "function": {"name": "invite"}} if named else "required"
-    answer = tool_client.chat.completions.create(
-        model=NAME,
-        messages=[{"role": "user", "content": QUESTION}],
-        tools=[TOOL],
-        tool_choice=choice,
-        temperature=0,
-        max_tokens=100,
-        **compact,
-    )
-    (call, *_) = answer.choices[0].message.tool_calls
-    assert call.function.name == "invite"
-    jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+def call_tools(client: openai.OpenAI, stream: bool, **body: Any) -> list[tuple[str, Any]]:
+    """Names and arguments of the calls that an answer to `QUESTION` makes; it must have no text."""
+    answer = chat(client, max_tokens=200, stream=stream, **body)
+    if not stream:
+        message = answer.choices[0].message
+        assert not message.content
+        found = [[call.function.name, call.function.arguments] for call in message.tool_calls]
+    else:
+        found = []
+        for delta in (piece.choices[0].delta for piece in answer):
+            assert not delta.content
+            for part in delta.tool_calls or ():
+                if part.index == len(found):
+                    found.append(["", ""])
+                found[part.index][0] += part.function.name or ""
+                found[part.index][1] += part.function.arguments or ""
+    return [(name, json.loads(arguments)) for name, arguments in found]
+
+
+NAMED = {"type": "function", "function": {"name": "invite"}}
+# This model calls nothing of its own accord: the text that the parser finds calls in is asked for.
+CALL = (
+    r'<tool_call>\{"name": "invite", "arguments": \{"day": "(Mon|Tues)day", "days": [0-9]{2}\}\}'
+    "</tool_call>"
+)
+LOOSE = {"type": "function", "function": {"name": "invite", "parameters": SCHEMA}}
+# How many calls; with a strict tool vLLM allows its own calls beside what is asked for.
+CHOICES: dict[str, tuple[int, dict[str, Any]]] = {
+    "named": (1, {"tool_choice": NAMED}),
+    "required": (1, {"tool_choice": "required"}),
+    "auto": (1, {"tool_choice": "auto", "extra_body": {"structured_outputs": {"regex": CALL}}}),
+    "auto, two": (
+        2,
+        {
+            "tools": [LOOSE],
+            "tool_choice": "auto",
+            "extra_body": {"structured_outputs": {"regex": f"({CALL}){{2}}"}},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_tools(tool_client: openai.OpenAI, compact: dict[str, Any], choice: str, mode: str) -> None:
+    """vLLM's parser finds the calls, arguments meet the schema, a stream brings the same."""
+    count, body = CHOICES[choice]
+    body = {"tools": [TOOL]} | body | compact
+    body["extra_body"] = body.get("extra_body", {}) | {"vllm_xargs": {"nbdiff_mode": mode}}
+    calls = call_tools(tool_client, stream=False, **body)
+    assert [name for name, _ in calls] == ["invite"] * count
+    for _, arguments in calls:
+        jsonschema.validate(arguments, SCHEMA)
+    assert call_tools(tool_client, stream=True, **body) == calls
+
+
+def test_auto_may_answer(tool_client: openai.OpenAI, client: openai.OpenAI) -> None:
+    """With text, the same as without tools."""
+    ask = {"tools": [TOOL], "tool_choice": "auto"}
+    message = chat(tool_client, **ask).choices[0].message
+    assert not message.tool_calls
+    assert message.content == chat(client).choices[0].message.content

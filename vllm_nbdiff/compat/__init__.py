@@ -14,7 +14,7 @@ from vllm_nbdiff.compat.front_end import (
     validate_at_admission,
     validate_before_streaming,
 )
-from vllm_nbdiff.compat.grammars import GrammarCompiler, share_compiler
+from vllm_nbdiff.compat.grammars import GrammarCompiler, name_backend, share_compiler
 from vllm_nbdiff.compat.lora import map_rows_of_adapters
 from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
 from vllm_nbdiff.compat.scheduler import allocate_own_lookahead, leave_ends_uncached
@@ -43,6 +43,7 @@ __all__ = [
     "ignore_grammar_of_warm_up",
     "leave_ends_uncached",
     "map_rows_of_adapters",
+    "name_backend",
     "needs_cpu_kernels",
     "reasoning_config",
     "register_config_hook",

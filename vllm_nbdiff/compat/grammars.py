@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         StructuredOutputBackend,
         StructuredOutputGrammar,
     )
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
 _managers: WeakValueDictionary[str, StructuredOutputManager] = WeakValueDictionary()
 
@@ -24,47 +25,81 @@ def share_compiler(manager: StructuredOutputManager) -> None:
     _managers[manager.vllm_config.instance_id] = manager
 
 
+def name_backend(manager: StructuredOutputManager, params: SamplingParams) -> None:
+    """Say in a request that the scheduler compiles what with, as its workers compile it too.
+
+    Symptom: a request brings the backend that the front end found for it; the scheduler has that of
+    the first request that arrived, a worker that of the first one it is given, maybe another one.
+    Upstream: `StructuredOutputManager.grammar_init` (vllm/v1/structured_output/__init__.py).
+    Remove when the backend is chosen for each request.
+    """
+    from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+
+    if params.structured_outputs is not None:
+        is_guidance = isinstance(manager.backend, GuidanceBackend)
+        params.structured_outputs._backend = "guidance" if is_guidance else "xgrammar"
+
+
 class GrammarCompiler:
     """Compiles the grammars of requests that the scheduler has compiled before.
 
     Symptom: vLLM keeps what it compiles in the scheduler and sends masks to workers, one for every
     scheduled token; of a canvas only its worker knows what it holds.
-    Upstream: `StructuredOutputManager.grammar_init` (vllm/v1/structured_output/__init__.py), which
-    chooses the backend by the first request.
+    Upstream: `StructuredOutputManager.grammar_init` (vllm/v1/structured_output/__init__.py).
     Remove when a grammar can be compiled for a worker.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self._vllm_config = vllm_config
-        self._manager: StructuredOutputManager | None = None
+        self._own: StructuredOutputBackend | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
 
-    def compile(self, params: SamplingParams) -> tuple[StructuredOutputGrammar, Any]:
+    def compile(self, params: SamplingParams) -> Future[tuple[StructuredOutputGrammar, Any]]:
         """A matcher for a request, and a bitmask [1, ceil(V / 32)] int32 for it to fill.
 
         Where scheduler and worker share a process only the matcher is new, if the backend has a
-        cache; elsewhere the grammar is compiled once more, once in each worker.
+        cache; elsewhere the grammar is compiled once more, in each worker, beside its forwards.
         """
-        from vllm.v1.structured_output.request import get_structured_output_key
+        manager = _managers.get(self._vllm_config.instance_id)
+        if manager is None:
+            self._own = self._own or self._make_backend(params)
+            return self._thread.submit(_compile, self._own, params)
+        assert manager.backend is not None
+        ready: Future[tuple[StructuredOutputGrammar, Any]] = Future()
+        ready.set_result(_compile(manager.backend, params))
+        return ready
+
+    def _make_backend(self, params: SamplingParams) -> StructuredOutputBackend:
+        from vllm.tokenizers import cached_tokenizer_from_config
+        from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+        from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
         assert params.structured_outputs is not None
-        backend = self._backend(params)
-        kind, text = get_structured_output_key(params.structured_outputs)
-        grammar = backend.compile_grammar(kind, text, stop_token_ids=params.all_stop_token_ids)
-        return grammar, backend.allocate_token_bitmask(1)
+        is_guidance = params.structured_outputs._backend == "guidance"
+        model = self._vllm_config.model_config
+        return (GuidanceBackend if is_guidance else XgrammarBackend)(
+            self._vllm_config,
+            tokenizer=cached_tokenizer_from_config(model),
+            vocab_size=model.get_vocab_size(),
+        )
 
-    def _backend(self, params: SamplingParams) -> StructuredOutputBackend:
-        from vllm.v1.structured_output import StructuredOutputManager
-        from vllm.v1.structured_output.request import StructuredOutputRequest
 
-        if self._manager is None:
-            shared = _managers.get(self._vllm_config.instance_id)
-            self._manager = shared or StructuredOutputManager(self._vllm_config)
-        if self._manager.backend is None:
-            request = SimpleNamespace(
-                request_id="of a worker",
-                sampling_params=params,
-                structured_output_request=StructuredOutputRequest.from_sampling_params(params),
-            )
-            self._manager.grammar_init(cast(Any, request))
-        assert self._manager.backend is not None
-        return self._manager.backend
+def _compile(
+    backend: StructuredOutputBackend, params: SamplingParams
+) -> tuple[StructuredOutputGrammar, Any]:
+    from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+    from vllm.v1.structured_output.request import get_structured_output_key
+
+    assert params.structured_outputs is not None
+    kind, text = get_structured_output_key(params.structured_outputs)
+    if kind is StructuredOutputOptions.REGEX and isinstance(backend, XgrammarBackend):
+        _fill_cache(backend, text)
+    grammar = backend.compile_grammar(kind, text, stop_token_ids=params.all_stop_token_ids)
+    return grammar, backend.allocate_token_bitmask(1)
+
+
+def _fill_cache(backend: XgrammarBackend, regex: str) -> None:
+    """Compile with no limit of time, so that no worker is without what others and the scheduler,
+    which has such a limit, have compiled."""
+    backend.compiler.compile_regex(regex)

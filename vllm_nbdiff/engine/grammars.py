@@ -78,9 +78,9 @@ class GrammarTable:
             return
         self._used[slot] = True
         with self._guarded(slot):
-            grammar, bits = self._compiler.compile(params)
+            compiled = self._compiler.compile(params)
             stops = set(params.all_stop_token_ids)
-            self._matchers[slot] = Matcher(grammar, bits, prompt_length, stops)
+            self._matchers[slot] = Matcher(compiled, prompt_length, stops)
 
     def remove_request(self, slot: int) -> None:
         """Forget a finished or preempted request."""

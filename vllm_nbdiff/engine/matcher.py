@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,22 +21,28 @@ class Matcher:
     """A grammar behind the text of one request."""
 
     def __init__(
-        self, grammar: StructuredOutputGrammar, bits: Tensor, prompt_length: int, stops: set[int]
+        self,
+        compiled: Future[tuple[StructuredOutputGrammar, Tensor]],
+        prompt_length: int,
+        stops: set[int],
     ) -> None:
         """
         Args:
-            grammar: of vLLM, at its beginning.
-            bits: [1, ceil(V / 32)] int32, which it can fill.
+            compiled: a grammar of vLLM, at its beginning, and [1, ceil(V / 32)] int32, which it can
+                fill; waited for when it is asked first.
             prompt_length: tokens before the text.
             stops: tokens that may end the text.
         """
-        self._grammar = grammar
-        self._bits = bits
+        self._compiled = compiled
         self._stops = stops
         self._ahead = 0
         self.prompt_length = prompt_length
         self.position = prompt_length
         """Of the first token that is not final, as far as the matcher knows."""
+
+    @cached_property
+    def _grammar(self) -> StructuredOutputGrammar:
+        return self._compiled.result()[0]
 
     @property
     def has_ended(self) -> bool:
@@ -44,8 +52,9 @@ class Matcher:
     def allowed(self) -> Tensor:
         """[1, ceil(V / 32)] int32: a bit for each token that may come next; valid until the next
         call."""
-        self._grammar.fill_bitmask(self._bits, 0)
-        return self._bits
+        grammar, bits = self._compiled.result()
+        grammar.fill_bitmask(bits, 0)
+        return bits
 
     def accepts(self, token: int) -> bool:
         """Move past `token` if it may come next."""

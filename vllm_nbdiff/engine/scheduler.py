@@ -120,6 +120,7 @@ class NBDiffScheduler(Scheduler):
             lookahead=lookahead_tokens(options, self._config, self._page_size, self._row_limit),
             kind=options.algorithm if options.algorithm in compat.KINDS else options.mode,
         )
+        compat.name_backend(self.structured_output_manager, request.sampling_params)
         if self._ignores_priority:
             request.priority = 0
         super().add_request(request)
