@@ -30,8 +30,8 @@ from vllm_nbdiff.limits import (
     RANGES,
     Range,
 )
-from vllm_nbdiff.refusal import check_texts, refuse
-from vllm_nbdiff.request import FREEDAVE, OptionError, RequestOptions, parse_options
+from vllm_nbdiff.refusal import OptionError, check_texts, refuse
+from vllm_nbdiff.request import FREEDAVE, RequestOptions, parse_options
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

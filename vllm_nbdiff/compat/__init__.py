@@ -17,6 +17,7 @@ from vllm_nbdiff.compat.front_end import (
 from vllm_nbdiff.compat.grammars import GrammarCompiler, share_compiler
 from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
 from vllm_nbdiff.compat.scheduler import allocate_own_lookahead, leave_ends_uncached
+from vllm_nbdiff.compat.step_map import give_step_maps, pack_steps
 from vllm_nbdiff.compat.thinking import reasoning_config
 from vllm_nbdiff.compat.worker import (
     carry_counts,
@@ -41,6 +42,7 @@ __all__ = [
     "ignore_grammar_of_warm_up",
     "leave_ends_uncached",
     "needs_cpu_kernels",
+    "pack_steps",
     "reasoning_config",
     "register_config_hook",
     "register_cpu_kernels",
@@ -67,4 +69,5 @@ def apply_patches() -> None:
     cure_request_models()
     abort_requests_at_shutdown()
     export_diffusion_metrics()
+    give_step_maps()
     enable_amx()
