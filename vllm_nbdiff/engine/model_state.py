@@ -128,7 +128,9 @@ class NBDiffModelState(ModelState):
         constrained = self.constraints.add_request(req_index, params, prompt_len)
         self.grammars.add_request(req_index, params, prompt_len)
         options = self.options.add_request(req_index, params, prompt_len, constrained)
-        self.logprobs.add_request(req_index, self._logprobs_of(params))
+        self.logprobs.add_request(
+            req_index, self._logprobs_of(params), params.logprob_token_ids or ()
+        )
         self.steps.add_request(req_index, options.step_map)
         self.reader.scores_prompt[req_index] = (
             params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
@@ -142,8 +144,10 @@ class NBDiffModelState(ModelState):
         )
 
     def _logprobs_of(self, params: SamplingParams) -> int | None:
-        """Likeliest tokens that a request wants beside its own; None: no log-probabilities."""
+        """Tokens that a request wants beside its own; None: no log-probabilities."""
         asked, size = params.num_logprobs, self.config.vocab_size
+        if params.logprob_token_ids:
+            return asked
         return asked if asked is None else size if asked == -1 else min(asked, size)
 
     def remove_request(self, req_id: str) -> None:
