@@ -282,7 +282,8 @@ def test_envelope() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("logprob_token_ids", {"logprob_token_ids": [1]}),
+        ("logprob_token_ids", {"logprob_token_ids": [-1]}),
+        ("logprob_token_ids", {"logprob_token_ids": ["1"]}),
         ("watermarking", {"watermarking": True}),
     ],
 )

@@ -22,6 +22,7 @@ from vllm_nbdiff.limits import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,
+    MAX_LOGPROB_TOKEN_IDS,
     MAX_LOGPROBS,
     MAX_PATTERN_SIZE,
     MAX_STOP_STRINGS,
@@ -30,8 +31,8 @@ from vllm_nbdiff.limits import (
     RANGES,
     Range,
 )
-from vllm_nbdiff.refusal import check_texts, refuse
-from vllm_nbdiff.request import FREEDAVE, OptionError, RequestOptions, parse_options
+from vllm_nbdiff.refusal import OptionError, check_texts, refuse
+from vllm_nbdiff.request import FREEDAVE, RequestOptions, parse_options
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -145,7 +146,6 @@ def _refuse_unsupported(params: SamplingParams, config: BlockDiffusionConfig) ->
             "--reasoning-config or --hf-overrides '{\"end_think_token_id\": N}'",
         )
     unsupported = {
-        "logprob_token_ids": params.logprob_token_ids is not None,
         "prompt_logprobs": params.prompt_logprobs is not None and config.family.block_causal,
         "prompt_logprob_token_ids": (
             params.prompt_logprob_token_ids is not None and config.family.block_causal
@@ -188,6 +188,7 @@ def _check_token_lists(params: SamplingParams, config: BlockDiffusionConfig) -> 
     for name, ids, limit in (
         ("stop_token_ids", params.stop_token_ids or (), MAX_STOP_TOKEN_IDS),
         ("allowed_token_ids", params.allowed_token_ids or (), MAX_ALLOWED_TOKEN_IDS),
+        ("logprob_token_ids", params.logprob_token_ids or (), MAX_LOGPROB_TOKEN_IDS),
         ("logit_bias", bias, MAX_LOGIT_BIASES),
     ):
         _check_token_ids(name, ids, limit, config.vocab_size)
@@ -294,7 +295,6 @@ def _check_grammar(
     backend = wanted._backend  # vLLM has chosen it, at the second look
     if backend not in (None, *GRAMMAR_BACKENDS):
         refuse("structured_outputs", f"needs backend {backend}; there are {GRAMMAR_BACKENDS}")
-    texts = vars(wanted)
-    check_texts("structured_outputs", texts)
-    if len(repr(texts)) > MAX_GRAMMAR_CHARACTERS:
+    check_texts("structured_outputs", vars(wanted))
+    if len(repr(vars(wanted))) > MAX_GRAMMAR_CHARACTERS:
         refuse("structured_outputs", f"must be at most {MAX_GRAMMAR_CHARACTERS} characters")

@@ -20,6 +20,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 1e9
 # Kept for every request that runs, while one asks for so many.
 MAX_LOGPROBS = 1024
+MAX_LOGPROB_TOKEN_IDS = 128  # vLLM's
 GRAMMAR_BACKENDS = ("xgrammar", "guidance")
 MAX_STOP_STRINGS = 256
 # More characters cannot be few enough tokens.

@@ -10,6 +10,14 @@ from typing import Any, NoReturn
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
+class OptionError(ValueError):
+    """A request option that is refused; `key` is its request key."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 def refuse(name: str, message: str) -> NoReturn:
     """Raise VLLMValidationError (HTTP 400) naming the parameter."""
     from vllm.exceptions import VLLMValidationError

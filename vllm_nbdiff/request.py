@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_nbdiff.decoding.rules import RULES
 from vllm_nbdiff.families.family import NBDIFF, Family
+from vllm_nbdiff.refusal import OptionError
 
 if TYPE_CHECKING:
     from vllm_nbdiff.config import BlockDiffusionConfig
@@ -45,6 +46,7 @@ OPTION_KEYS = {
     "nbdiff_block_cache": "block_cache",
     "nbdiff_editing_threshold": "editing_threshold",
     "nbdiff_max_post_steps": "max_post_steps",
+    "nbdiff_step_map": "step_map",
     "diffusion_max_steps": "max_steps",
 }
 _KEY_OF = {name: key for key, name in OPTION_KEYS.items()}
@@ -70,14 +72,6 @@ _OF_FREEDAVE = {
     "fused_commit": False,
     "block_cache": False,
 }
-
-
-class OptionError(ValueError):
-    """A request option that is refused; `key` is its request key."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
 
 
 @dataclass(frozen=True)
@@ -115,6 +109,8 @@ class RequestOptions:
     """`edit`: filled positions whose best token is another, and more probable, are filled again."""
     max_post_steps: int = DEFAULT_MAX_POST_STEPS
     """`edit`: at most so many steps edit a block that has no masks."""
+    step_map: bool = False
+    """Tell of every token which denoise step filled it."""
     sub_block_length: int | None = NBDIFF.sub_block_length
     """The family's default of sub-blocks, None: a block; no request sets it."""
     max_drafts: int = DEFAULT_MAX_DRAFTS
@@ -210,7 +206,7 @@ def check_option(name: str, value: Any, max_block_length: int) -> None:
         names = tuple(RULES) if name == "algorithm" else MODES
         if value not in names:
             wanted = f"one of {', '.join(names)}"
-    elif name in ("fused_commit", "block_cache"):
+    elif name in ("fused_commit", "block_cache", "step_map"):
         if value not in (0, 1):
             wanted = "0 or 1"
     elif name in ("threshold", "editing_threshold"):

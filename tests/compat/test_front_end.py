@@ -48,7 +48,7 @@ LATE: dict[str, tuple[SamplingParams, dict[str, Any]]] = {
     "nbdiff_threshold": (SamplingParams(extra_args={"nbdiff_threshold": -1}), {}),
     "stop_token_ids": (SamplingParams(stop_token_ids=[512]), {}),
     "routed_experts_prompt_start": (SamplingParams(routed_experts_prompt_start=3), {}),
-    "logprob_token_ids": (SamplingParams(logprob_token_ids=[1]), {}),
+    "logprob_token_ids": (SamplingParams(logprob_token_ids=[512]), {}),
     "data_parallel_rank": (SamplingParams(), {"data_parallel_rank": 7}),
     "session_id": (SamplingParams(), {"session_id": "\ud800"}),
     "priority": (SamplingParams(), {"priority": 1 << 63}),

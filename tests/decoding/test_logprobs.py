@@ -32,6 +32,17 @@ def test_score() -> None:
     assert torch.equal(plain.value, logits.gather(1, token[:, None]))
 
 
+def test_named_tokens_take_the_place_of_the_likeliest() -> None:
+    """Of the rows that name some; more may be named than there are."""
+    logits, token = rows(2), torch.tensor([7, 8])
+    named = torch.full((2, VOCAB + 3), -1)
+    named[1, :3] = torch.tensor([4, 4, 90])
+    found = score(logits, token, VOCAB + 3, named=named)
+    assert found.token[1, :4].tolist() == [8, 4, 4, 90]
+    assert torch.equal(found.token[0, 1 : VOCAB + 1], logits[0].sort(descending=True).indices)
+    torch.testing.assert_close(found.value, logits.log_softmax(1).gather(1, found.token))
+
+
 def test_process_gives_what_rows_are_drawn_from() -> None:
     logits = rows(5)
     filters = [(0.0, 1.0, VOCAB), (0.7, 1.0, VOCAB), (0.7, 1.0, 3), (1.3, 0.6, VOCAB), (1, 0.8, 9)]

@@ -25,6 +25,7 @@ from vllm_nbdiff.engine.logprobs import LogprobTable
 from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine.sampler import RowSampler
 from vllm_nbdiff.engine.schedule import ScheduleReader
+from vllm_nbdiff.engine.step_map import StepTable
 from vllm_nbdiff.engine_options import EngineOptions
 from vllm_nbdiff.request import RequestOptions
 
@@ -91,8 +92,11 @@ def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     logprobs = LogprobTable(count, LENGTH, VOCAB, "raw_logprobs", device)
     for slot in range(0, count, 2):
         logprobs.add_request(slot, slot)
+    steps = StepTable(count, LENGTH, device)
+    for slot in range(count):
+        steps.add_request(slot, slot % 3 == 0)
     rows_of_logits = RowSampler(constraints, grammars, logprobs, VOCAB - 1)
-    decoder = Decoder(table, option_table, rows_of_logits)
+    decoder = Decoder(table, option_table, rows_of_logits, steps)
     decoder.begin(schedule)
     plan = decoder.plan()
     starts = torch.arange(count + 1, device=device, dtype=torch.int32) * 3 * LENGTH
@@ -106,5 +110,7 @@ def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = decoder.tally.columns(schedule.batch.decodes)
     scores = logprobs.collect(decoder.emitted.tokens)
     assert scores is not None
+    step_maps = steps.collect(decoder.emitted.tokens.shape[1])
+    assert step_maps is not None and step_maps.steps.device == device
     results = (ids, needed, decoder.emitted.tokens, decoder.emitted.count, counts, scores.logprobs)
     assert all(tensor.device == device for tensor in (*results, table.tokens, table.fields))

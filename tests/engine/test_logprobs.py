@@ -44,16 +44,20 @@ def prompts(golden_cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"prompt_token_ids": prompt} for prompt in cases]
 
 
+NAMES = [77, 3, 400, 3]
+NAMED = {"logprobs": None, "logprob_token_ids": NAMES}
+
+
 def ar_params(extra: dict[str, Any] | None = None, **more: Any) -> SamplingParams:
+    asked = {"logprobs": 3, "prompt_logprobs": 2, "temperature": 0, "max_tokens": 40}
     return SamplingParams(
-        temperature=0, max_tokens=40, detokenize=False, logprobs=3, prompt_logprobs=2,
-        allowed_token_ids=list(range(MASK)), extra_args=extra, **more,
-    )  # fmt: skip
+        **asked | more, detokenize=False, allowed_token_ids=list(range(MASK)), extra_args=extra
+    )
 
 
 @pytest.fixture(scope="module")
-def ar_outputs(prompts: list[dict[str, Any]], golden_checkpoint: Path) -> Any:
-    """Of stock vLLM, for the same weights."""
+def ar_outputs(prompts: list[dict[str, Any]], golden_checkpoint: Path) -> tuple[Any, Any]:
+    """Of stock vLLM, for the same weights: with the likeliest tokens, and with those of `NAMED`."""
     from vllm import LLM
 
     gc.collect()
@@ -64,10 +68,11 @@ def ar_outputs(prompts: list[dict[str, Any]], golden_checkpoint: Path) -> Any:
             skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=512,
             kv_cache_memory_bytes=1 << 26,
         )  # fmt: skip
-    outputs = llm.generate(prompts, ar_params(), use_tqdm=False)
+    likeliest = llm.generate(prompts, ar_params(), use_tqdm=False)
+    named = llm.generate(prompts, ar_params(**NAMED), use_tqdm=False)
     del llm
     gc.collect()
-    return outputs
+    return likeliest, named
 
 
 def assert_scores(given: Any, expected: Any) -> None:
@@ -99,14 +104,16 @@ def test_lossless_modes_have_those_of_ar_decoding(
     """In one batch, beside block diffusion with and without them, twice: prompts are cached."""
     factory = make_async_llm if name == "static" else make_llm
     llm = factory(golden_checkpoint, block_length=LENGTH, **ENGINES[name])
-    cases = list(itertools.product(zip(prompts, ar_outputs, strict=True), MODES))
-    requests = [prompt for (prompt, _), _ in cases] + prompts
-    params = [ar_params(extra) for _, extra in cases]
+    given: list[Any] = list(zip(prompts, ar_outputs[0], [{}] * len(prompts), strict=True))
+    given += zip(prompts[:2], ar_outputs[1], [NAMED] * 2, strict=False)
+    cases = list(itertools.product(given, MODES))
+    requests = [prompt for (prompt, *_), _ in cases] + prompts
+    params = [ar_params(extra, **more) for (*_, more), extra in cases]
     for count in (None, 1, 0, None, 5):
         params.append(SamplingParams(temperature=0.7, seed=3, max_tokens=40, logprobs=count))
     for _ in range(2):
         outputs = llm.generate(requests, params, use_tqdm=False)
-        for ((_, expected), _), output in zip(cases, outputs, strict=False):
+        for ((_, expected, _), _), output in zip(cases, outputs, strict=False):
             assert output.outputs[0].token_ids == expected.outputs[0].token_ids
             assert_scores(output.outputs[0].logprobs, expected.outputs[0].logprobs)
             assert_scores(output.prompt_logprobs, expected.prompt_logprobs)
@@ -167,8 +174,20 @@ def test_diffusion_has_those_of_the_step_that_filled_a_token(
         )
         for _, extra in cases
     ]  # fmt: skip
-    outputs = llm.generate([prompt for prompt, _ in cases], params, use_tqdm=False)
-    for (prompt, extra), output in zip(cases, outputs, strict=True):
+    named = [one.clone() for one in params[: len(extras)]]
+    for one in named:
+        one.logprob_token_ids = NAMES
+    requests = [prompt for prompt, _ in cases] + prompts[:1] * len(extras)
+    outputs = llm.generate(requests, params + named, use_tqdm=False)
+    for first, output in zip(outputs[: len(extras)], outputs[len(cases) :], strict=True):
+        assert output.outputs[0].token_ids == first.outputs[0].token_ids
+    tokens, scores = decode(model.float(), prompts[0]["prompt_token_ids"], 2, 0.3)
+    for output in outputs[len(cases) : len(cases) + 2]:
+        for token, own, exact in zip(tokens, output.outputs[0].logprobs, scores, strict=True):
+            assert own.keys() == {token, *NAMES}
+            for name, found in own.items():
+                assert found.logprob == pytest.approx(float(exact[name]), abs=TOLERANCE)
+    for (prompt, extra), output in zip(cases, outputs, strict=False):
         threshold = extra["nbdiff_threshold"]
         tokens, scores = decode(model.float(), prompt["prompt_token_ids"], 2, threshold)
         assert list(output.outputs[0].token_ids) == tokens

@@ -111,9 +111,7 @@ HONOURED = (
 )
 """Fields that change what is generated; the others are refused or change how it is returned."""
 
-_common_options: dict[str, st.SearchStrategy[Any]] = {
-    "nbdiff_block_length": st.sampled_from((1, 2, 8, 12, 32)),
-}
+_common_options: dict[str, st.SearchStrategy[Any]] = {"nbdiff_step_map": st.integers(0, 1)}
 _draft_options: dict[str, st.SearchStrategy[Any]] = {
     "nbdiff_algorithm": st.sampled_from(sorted(RULES)),
     "nbdiff_threshold": st.sampled_from((0, 0.1, 0.5, 0.9, 1, 1.0)),
@@ -122,6 +120,7 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "diffusion": {
         **_common_options,
         **_draft_options,
+        "nbdiff_block_length": st.sampled_from((1, 2, 8, 12, 32)),
         "nbdiff_small_blocks": st.sampled_from((1, 2, 4, 8, 32)),
         "nbdiff_fused_commit": st.integers(0, 1),
         "nbdiff_block_cache": st.integers(0, 1),
@@ -131,14 +130,15 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "nbdiff_max_post_steps": st.integers(0, 40),
     },
     "verify": {
+        **_common_options,
         **_draft_options,
         "nbdiff_draft_length": st.sampled_from((1, 2, 16, 32)),
         "nbdiff_fan_out": st.sampled_from((0, 1, 4, 32)),
         "nbdiff_draft_steps": st.integers(1, 40),
         "nbdiff_fused_commit": st.integers(0, 1),
     },
-    "ar": {},
-    "auto": {},
+    "ar": _common_options,
+    "auto": _common_options,
 }
 """Options that apply in each mode."""
 assert set(OPTIONS) == set(MODES)

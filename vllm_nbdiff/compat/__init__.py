@@ -18,6 +18,7 @@ from vllm_nbdiff.compat.grammars import GrammarCompiler, name_backend, share_com
 from vllm_nbdiff.compat.lora import map_rows_of_adapters
 from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
 from vllm_nbdiff.compat.scheduler import allocate_own_lookahead, leave_ends_uncached
+from vllm_nbdiff.compat.step_map import give_step_maps, pack_steps
 from vllm_nbdiff.compat.thinking import reasoning_config
 from vllm_nbdiff.compat.worker import (
     carry_counts,
@@ -45,6 +46,7 @@ __all__ = [
     "map_rows_of_adapters",
     "name_backend",
     "needs_cpu_kernels",
+    "pack_steps",
     "reasoning_config",
     "register_config_hook",
     "register_cpu_kernels",
@@ -72,4 +74,5 @@ def apply_patches() -> None:
     cure_request_models()
     abort_requests_at_shutdown()
     export_diffusion_metrics()
+    give_step_maps()
     enable_amx()

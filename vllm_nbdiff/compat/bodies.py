@@ -9,6 +9,8 @@ from typing import Any
 
 from vllm_nbdiff.body import check_body
 from vllm_nbdiff.compat.patching import patch
+from vllm_nbdiff.compat.responses import return_step_maps
+from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.names import is_block_diffusion
 
 _VALIDATOR = "nbdiff_check_body"
@@ -27,6 +29,8 @@ def cure_request_models() -> None:
             if is_block_diffusion(vllm_config):
                 check_bodies()
                 echo_without_logprobs()
+                config = BlockDiffusionConfig.from_vllm_config(vllm_config)
+                return_step_maps(config.defaults.step_map)
             original(self, vllm_config, *args, **kwargs)
 
         return initialized

@@ -57,7 +57,7 @@ class Canvas(NamedTuple):
     tokens: Tensor  # [B, L] int64
     start: Tensor  # int64, position of column 0
     width: Tensor  # int64, columns in use
-    step: Tensor  # int64, denoise steps done
+    step: Tensor  # int64, denoise steps done, those included that versions of it stood for
     guess: Tensor  # int64, the next canvas's seed as the last denoise step predicts it
     cached: Tensor  # int64, first column of the sub-block for which the rest's KV is cached, or -1
     copied: Tensor  # int64, versions whose own pages hold the text before the canvas

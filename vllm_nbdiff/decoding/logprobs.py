@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_nbdiff.decoding.filters import kept_weights
 from vllm_nbdiff.decoding.plan import Plan
@@ -14,24 +15,33 @@ from vllm_nbdiff.decoding.sampling import RowParams
 
 
 class Scores(NamedTuple):
-    """Of n rows: the chosen token's first, then those of the k likeliest, in order."""
+    """Of n rows: the chosen token's first, then those of the k likeliest, in order, or of k that
+    were named."""
 
     token: Tensor  # [n, k + 1] int64
     value: Tensor  # [n, k + 1] float32, in nats
     rank: Tensor  # [n] int64, tokens at least as likely as the chosen one
 
 
-def score(logits: Tensor, token: Tensor, k: int, normalized: bool = True) -> Scores:
+def score(
+    logits: Tensor, token: Tensor, k: int, normalized: bool = True, named: Tensor | None = None
+) -> Scores:
     """Scores of `token` [n] int64 and the k likeliest tokens under `logits` [n, V] float32.
 
     Args:
         normalized: log-probabilities; else the logits themselves.
+        named: [n, k] int64, tokens that take the place of the likeliest ones; -1: none does.
     """
     ids = token[:, None]
     chosen = logits.gather(1, ids)
     rank = (logits >= chosen).sum(1)
     if k:
-        ids = torch.cat([ids, logits.topk(k).indices], dim=1)
+        # More may be named, some of them twice, than there are.
+        likeliest = logits.topk(min(k, logits.shape[1])).indices
+        others = pad(likeliest, (0, k - likeliest.shape[1]))
+        if named is not None:
+            others = torch.where(named >= 0, named, others)
+        ids = torch.cat([ids, others], dim=1)
     value = logits.gather(1, ids)
     if normalized:
         value = value - logits.logsumexp(1, keepdim=True)

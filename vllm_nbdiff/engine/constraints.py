@@ -137,6 +137,19 @@ class ConstraintTable:
             repetition.float(), frequency.float(), presence.float(), prompt_length.long()
         )
 
+    def keep_text(self, plan: Plan, length: Tensor, schedule: Schedule) -> None:
+        """Write what is final, the first `length` [B] of each canvas, into the requests' tokens."""
+        if not self.constrained[schedule.slots].any():
+            return
+        start, tokens = plan.state.start[:, None], plan.state.tokens
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        final = columns < length[:, None]
+        # What is not final rewrites the token before it.
+        place = torch.where(final, start + columns, (start - 1).clamp(min=0))
+        slot = schedule.batch.slot[:, None]
+        old = self.text[slot, place]
+        self.text[slot, place] = torch.where(final, tokens.to(old.dtype), old)
+
     def undo_bad_words(
         self, accepted: Tensor, plan: Plan, proposal: Proposal, schedule: Schedule
     ) -> Tensor:

@@ -23,16 +23,21 @@ from vllm_nbdiff.engine.counts import Tally
 from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine.sampler import RowSampler
 from vllm_nbdiff.engine.schedule import Schedule
+from vllm_nbdiff.engine.step_map import StepTable
 
 
 class Decoder:
     """One forward's plan and decisions."""
 
-    def __init__(self, table: CanvasTable, options: OptionTable, sampler: RowSampler) -> None:
-        """With canvases and options of all requests, and the sampler of the rows they need."""
+    def __init__(
+        self, table: CanvasTable, options: OptionTable, sampler: RowSampler, steps: StepTable
+    ) -> None:
+        """With canvases and options of all requests, the sampler of the rows they need, and the
+        steps that filled what is asked for them."""
         self.table = table
         self.options = options
         self.sampler = sampler
+        self.steps = steps
         self.read: tuple[Tensor, ...] | None = None
         """Of the last forward, [B] each: tokens that were verified, of them those that held,
         whether the next draft is there, and rows."""
@@ -49,6 +54,7 @@ class Decoder:
         self._options = self.options.read(schedule.batch.slot)
         self._state = self.table.read(schedule.batch.slot)
         self.sampler.logprobs.begin(schedule, self._first_emitted)
+        self.steps.begin(schedule, self._options, self._first_emitted)
 
     def _first_emitted(self) -> Tensor:
         """[B] int64: position of the first token that each request may emit."""
@@ -98,6 +104,8 @@ class Decoder:
             state = self._fill(spread, packed, state, looked)
         if self.sampler.logprobs.asked and len(packed.owner):
             self.sampler.record(plan, packed, *decided(plan, spread[0], self._filled))
+        if self.steps.asked:
+            self.steps.record(plan, state, looked, self._filled)
         self._state = state
         self.sampler.grammars.end_requests(self.schedule, self.tally)
 
@@ -141,7 +149,7 @@ class Decoder:
         following = spread[0][:, : plan.num_next]
         text = decide.read_text(self.table, plan, batch, facts, following)
         tokens = plan.state.tokens
-        self._keep_text(text.length)
+        self.sampler.constraints.keep_text(plan, text.length, self.schedule)
         last = self._is_last(tokens, plan.state.start[:, None] + self.table.columns)
         last &= self.table.columns < text.length[:, None]
         self._emit(tokens, text.length, plan.state.start)
@@ -177,19 +185,6 @@ class Decoder:
     def _is_last(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return self.table.is_last(self.schedule.batch.slot, self._options, tokens, positions)
 
-    def _keep_text(self, length: Tensor) -> None:
-        """Write what is final into the requests' tokens, where constraints read it."""
-        constraints, plan = self.sampler.constraints, self._plan
-        if not constraints.constrained[self.schedule.slots].any():
-            return
-        start = plan.state.start[:, None]
-        final = self.table.columns < length[:, None]
-        # What is not final rewrites the token before it.
-        place = torch.where(final, start + self.table.columns, (start - 1).clamp(min=0))
-        slot = self.schedule.batch.slot[:, None]
-        old = constraints.text[slot, place]
-        constraints.text[slot, place] = torch.where(final, plan.state.tokens.to(old.dtype), old)
-
     def _fill(self, spread: list[Tensor], packed: Packed, state: Canvas, looked: Tensor) -> Canvas:
         """Fill canvases of the requests `looked` [B] bool."""
         plan, schedule = self._plan, self.schedule
@@ -215,6 +210,8 @@ class Decoder:
         state = decide.fill(
             self.table, plan, batch, facts, state, proposal, looked, accepted, guess
         )
+        if level is not None:  # versions that are right stand for a step each
+            state = state._replace(step=state.step + torch.where(looked, level, 0))
         # A filled position never changes, so what ends a request needs no commit.
         ends = decide.early_ends(self.table, plan, batch, facts, state, looked)
         if self._worth(ends):

@@ -7,11 +7,13 @@ of a block, by the causal row before it. What a later forward decides anew it sc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 
@@ -50,11 +52,19 @@ class LogprobTable:
         self._wanted = np.full(num_slots + 1, -1, np.int64)
         """[slots + 1]: likeliest tokens that a request wants beside the chosen one; -1: nothing."""
         self._asking = np.zeros(0, np.int64)
+        self._names = np.zeros(num_slots + 1, np.bool_)
+        self._named = torch.full((num_slots + 1, MAX_LOGPROB_TOKEN_IDS), -1, device=device)
+        """Tokens that a request names in place of the likeliest ones; -1: none."""
         self._rank = torch.zeros(self._shape, dtype=torch.int32, device=device)
         self._token, self._value = self._of_width(1)
 
-    def add_request(self, slot: int, num_logprobs: int | None) -> None:
-        """Set how many likeliest tokens a request wants; None: no log-probabilities."""
+    def add_request(self, slot: int, num_logprobs: int | None, named: Sequence[int] = ()) -> None:
+        """Set how many tokens a request wants, the likeliest or those that it has `named`; None: no
+        log-probabilities."""
+        if named or self._names[slot]:
+            row = [*named, *([-1] * (MAX_LOGPROB_TOKEN_IDS - len(named)))]
+            self._named[slot] = async_tensor_h2d(row, dtype=torch.int64, device=self._device)
+        self._names[slot] = bool(named)
         alone = not (self._wanted >= 0).any()
         self._wanted[slot] = -1 if num_logprobs is None else num_logprobs
         # What the widest request took is given back when another one finds itself alone.
@@ -108,7 +118,8 @@ class LogprobTable:
         for chosen in self._rows(packed, used).split(self._chunk):
             own = Packed(packed.owner[chosen], packed.place[chosen], None)
             row = predicted(plan, schedule.batch, own.owner, own.place)
-            found = score(rows_of(chosen), own.of(token), self._most, self._normalized)
+            named = self._named_of(schedule.batch.slot[own.owner])
+            found = score(rows_of(chosen), own.of(token), self._most, self._normalized, named)
             taken = own.of(used)
             if packed.valid is not None:
                 taken &= packed.valid[chosen]
@@ -118,6 +129,13 @@ class LogprobTable:
             self._token[slot, place, :width] = found.token.int()
             self._value[slot, place, :width] = found.value
             self._rank[slot, place] = found.rank.int()
+
+    def _named_of(self, slot: Tensor) -> Tensor | None:
+        """[n, k] int64: tokens that the requests in `slot` [n] name, -1 where they do not; None: no
+        request of the schedule does."""
+        if not self._names[self._schedule.slots].any():
+            return None
+        return pad(self._named[slot], (0, self._most - self._named.shape[1]), value=-1)
 
     def _rows(self, packed: Packed, used: Tensor) -> Tensor:
         """[n] int64: packed rows of the requests that ask; where shapes may depend on values, those
@@ -147,12 +165,17 @@ class LogprobTable:
         begin = np.zeros(len(self._schedule.slots), np.int64)
         begin[self._asking] = np.arange(count) * most
         own = emitted[who].int()[..., None]
+        named = self._named_of(slot[:, 0])
         token, value = self._token[slot, place, :width], self._value[slot, place, :width]
         forced = token[..., :1] != own
         rank = torch.arange(width, dtype=torch.int32, device=self._device)
+        alone = ((own + rank) % self._vocab_size).expand_as(token)
+        if named is not None:
+            beside = pad(named, (1, 0), value=-1)[:, None].int()
+            alone = torch.where(beside >= 0, beside, alone)
         return LogprobsTensors(
-            torch.where(forced, (own + rank) % self._vocab_size, token).flatten(0, 1),
-            torch.where(forced, torch.where(rank == 0, 0, -torch.inf), value).flatten(0, 1),
+            torch.where(forced, alone, token).flatten(0, 1),
+            torch.where(forced, torch.where(alone == own, 0, -torch.inf), value).flatten(0, 1),
             torch.where(forced[..., 0], 1, self._rank[slot, place]).flatten(),
             cu_num_generated_tokens=begin.tolist(),
         )

@@ -39,6 +39,7 @@ from vllm_nbdiff.engine.loop import ForwardLoop
 from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine.sampler import RowSampler
 from vllm_nbdiff.engine.schedule import ScheduleReader
+from vllm_nbdiff.engine.step_map import StepTable
 
 _CPU_STEPS_PER_SCHEDULE = 16
 _SECONDS_PER_SCHEDULE = 0.1
@@ -113,7 +114,8 @@ class NBDiffModelState(ModelState):
             self.vllm_config, slots, self.constraints.text, config.mask_token_id
         )
         rows = RowSampler(self.constraints, self.grammars, self.logprobs, config.mask_token_id)
-        decoder = Decoder(self.table, self.options, rows)
+        self.steps = StepTable(slots, config.block_length, self.device)
+        decoder = Decoder(self.table, self.options, rows, self.steps)
         steps = self._steps_per_schedule()
         auto = AutoDrafts(self.options, steps, config.static_shapes)
         # Clocks differ between ranks, which must run the same forwards.
@@ -145,7 +147,10 @@ class NBDiffModelState(ModelState):
         constrained = self.constraints.add_request(req_index, params, prompt_len)
         self.grammars.add_request(req_index, params, prompt_len)
         options = self.options.add_request(req_index, params, prompt_len, constrained)
-        self.logprobs.add_request(req_index, self._logprobs_of(params))
+        self.logprobs.add_request(
+            req_index, self._logprobs_of(params), params.logprob_token_ids or ()
+        )
+        self.steps.add_request(req_index, options.step_map)
         self.reader.scores_prompt[req_index] = (
             params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
         )
@@ -158,8 +163,10 @@ class NBDiffModelState(ModelState):
         )
 
     def _logprobs_of(self, params: SamplingParams) -> int | None:
-        """Likeliest tokens that a request wants beside its own; None: no log-probabilities."""
+        """Tokens that a request wants beside its own; None: no log-probabilities."""
         asked, size = params.num_logprobs, self.config.vocab_size
+        if params.logprob_token_ids:
+            return asked
         return asked if asked is None else size if asked == -1 else min(asked, size)
 
     def remove_request(self, req_id: str) -> None:
@@ -276,5 +283,6 @@ class NBDiffSampler:
             num_nans=nans,
             num_sampled=count.int(),
             num_rejected=rejected.int(),
+            sampling_mask_tensors=decoder.steps.collect(emitted.tokens.shape[1]),
             counts=decoder.tally.columns(batch.decodes),
         )

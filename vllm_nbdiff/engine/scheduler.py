@@ -86,6 +86,7 @@ class NBDiffScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         # vLLM derives this from `is_diffusion`, which stays false here (see config.py).
         self.num_sampled_tokens_per_step = 0
+        self.return_sampling_mask = True  # step maps come in their place (step_map.py)
         compat.share_compiler(self.structured_output_manager)
         self._config = BlockDiffusionConfig.from_vllm_config(self.vllm_config)
         self._page_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size

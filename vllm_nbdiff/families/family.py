@@ -83,7 +83,7 @@ class Family:
         known = {name for family in FAMILIES for name in family.algorithms}
         if option == "algorithm" and value in known - set(self.algorithms):
             return f"={value} does not apply to {self.name}; it has {', '.join(self.algorithms)}"
-        common = ("mode", "algorithm", "threshold", "max_steps")
+        common = ("mode", "algorithm", "threshold", "max_steps", "step_map")
         if option not in (*common, *self.options):
             return f" does not apply to {self.name}"
         return None
