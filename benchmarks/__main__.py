@@ -54,7 +54,7 @@ from benchmarks.random_model import (
     native_dtype,
 )
 from benchmarks.report import Row, make_row, save
-from vllm_nbdiff.request import DEFAULT_DRAFT_LENGTH
+from vllm_nbdiff.request_options import DEFAULT_DRAFT_LENGTH
 
 MODELS = ("nano", "125m")
 BATCHES = (1, 4, 16, 64)

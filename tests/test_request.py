@@ -11,7 +11,8 @@ from vllm_nbdiff.admission import validate_request
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.engine_options import Allowed, EngineOptions
 from vllm_nbdiff.refusal import OptionError
-from vllm_nbdiff.request import RequestOptions, parse_options
+from vllm_nbdiff.request import parse_options
+from vllm_nbdiff.request_options import RequestOptions
 
 VOCAB, MASK = 100, 7
 

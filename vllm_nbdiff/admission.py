@@ -32,7 +32,8 @@ from vllm_nbdiff.limits import (
     Range,
 )
 from vllm_nbdiff.refusal import OptionError, check_texts, refuse
-from vllm_nbdiff.request import FREEDAVE, RequestOptions, parse_options
+from vllm_nbdiff.request import parse_options
+from vllm_nbdiff.request_options import FREEDAVE, RequestOptions
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -43,10 +44,7 @@ if TYPE_CHECKING:
 
 _OPTIONAL = ("max_tokens", "stream_interval", "logprobs", "prompt_logprobs")
 _FLAGS = (
-    "ignore_eos",
-    "detokenize",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
+    *("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
     "include_stop_str_in_output",
 )
 

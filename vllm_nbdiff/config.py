@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_nbdiff.engine_options import EngineOptions, parse_engine_options
 from vllm_nbdiff.families.family import NBDIFF, Family, family_of
 from vllm_nbdiff.names import ARCHITECTURE
-from vllm_nbdiff.request import OPTION_KEYS, RequestOptions, check_family, check_mode, check_option
+from vllm_nbdiff.request import check_family, check_mode, check_option
+from vllm_nbdiff.request_options import OPTION_KEYS, RequestOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_nbdiff.decoding.rules import RULES
-from vllm_nbdiff.request import DEFAULT_MAX_DRAFTS, MODES, OPTION_KEYS
+from vllm_nbdiff.request_options import DEFAULT_MAX_DRAFTS, MODES, OPTION_KEYS
 
 ATTENTION_KERNELS = ("triton", "torch")
 

@@ -27,7 +27,7 @@ from vllm_nbdiff.engine.sampler import RowSampler
 from vllm_nbdiff.engine.schedule import ScheduleReader
 from vllm_nbdiff.engine.step_map import StepTable
 from vllm_nbdiff.engine_options import EngineOptions
-from vllm_nbdiff.request import RequestOptions
+from vllm_nbdiff.request_options import RequestOptions
 
 VOCAB, LENGTH = 64, 8
 KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_nbdiff.engine.lookahead import Share, canvas_tokens, lookahead_tokens
-from vllm_nbdiff.request import RequestOptions
+from vllm_nbdiff.request_options import RequestOptions
 
 L = 32
 STATIC: Any = SimpleNamespace(static_shapes=True, block_length=L)

@@ -23,7 +23,8 @@ from vllm_nbdiff.families.family import (
     SDAR,
     Family,
 )
-from vllm_nbdiff.request import RequestOptions, parse_options
+from vllm_nbdiff.request import parse_options
+from vllm_nbdiff.request_options import RequestOptions
 
 
 def config(family: Family, **more: Any) -> BlockDiffusionConfig:

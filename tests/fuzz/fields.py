@@ -17,7 +17,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from tests.fuzz import values
 from vllm_nbdiff.decoding.rules import RULES
-from vllm_nbdiff.request import MODES
+from vllm_nbdiff.request_options import MODES
 
 MODELS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
 """The request model of each endpoint."""

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from tests.fuzz import bodies, fields
-from vllm_nbdiff.request import OPTION_KEYS
+from vllm_nbdiff.request_options import OPTION_KEYS
 
 
 @pytest.mark.parametrize("path", fields.MODELS)

@@ -122,6 +122,29 @@ def choose(plan: Plan, proposal: Proposal, looked: Tensor, facts: Facts) -> Tens
     return filled if edited is None else filled | edited
 
 
+def take_likeliest(
+    proposal: Proposal,
+    accepted: Tensor,
+    candidates: Tensor,
+    token: Tensor,
+    probability: Tensor,
+    mask: int,
+) -> tuple[Proposal, Tensor]:
+    """The proposal, and what of it is accepted, with the likeliest of the `candidates` [B, L] bool
+    columns of each request filled too.
+
+    Args:
+        token: [B, L] int64, for the candidates.
+        probability: [B, L] float32, of these.
+        mask: the mask token.
+    """
+    likely = probability.masked_fill(~candidates, -1.0)
+    best = torch.zeros_like(accepted).scatter(1, likely.argmax(1, keepdim=True), True) & candidates
+    # A row that leaves no token gives 0, which may be the mask: any other one ends the step.
+    token = torch.where(token == mask, int(mask == 0), token)
+    return proposal._replace(token=torch.where(best, token, proposal.token)), accepted | best
+
+
 def fill(
     table: CanvasTable,
     plan: Plan,

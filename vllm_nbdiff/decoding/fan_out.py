@@ -185,6 +185,13 @@ def drafts(plan: Plan, text: Text, token: Tensor, probability: Tensor, mask: int
     )
 
 
+def made(plan: Plan, hit: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] int64: drafts for break points of texts that were drafted themselves; [B] bool: which of
+    these broke off at one of them, of the requests `hit` [B] bool whose next draft is there."""
+    drafted = (plan.text > 1) & (plan.options.fan_out > 0)
+    return torch.where(drafted, plan.canvases.exists.sum(1), 0), hit & drafted
+
+
 def keep(table: CanvasTable, plan: Plan, batch: Batch, state: Canvas, found: Drafts) -> Canvas:
     """The state with drafts behind the seeds of canvases that have begun."""
     columns = (table.columns > 0) & (table.columns < state.width[:, None]) & found.hit[:, None]

@@ -270,13 +270,8 @@ class Decoder:
             self._of_level(self._of_canvases(self._spread(field)), level)
             for field in (other.token, other.probability)
         )
-        likely = probability.masked_fill(~of_stuck, -1.0)
-        best = torch.zeros_like(accepted).scatter(1, likely.argmax(1, keepdim=True), True)
-        best &= of_stuck
-        # A row that leaves no token gives 0, which may be the mask: any other one ends the step.
         mask = self.schedule.facts.mask_token_id
-        token = torch.where(token == mask, int(mask == 0), token)
-        return proposal._replace(token=torch.where(best, token, proposal.token)), accepted | best
+        return decide.take_likeliest(proposal, accepted, of_stuck, token, probability, mask)
 
     def _count_text(self, plan: Plan, text: Text, hit: Tensor) -> None:
         """Add what was read to the counts; `hit` [B] bool: whose next draft is there already."""
@@ -285,15 +280,11 @@ class Decoder:
             self.tally.add_guesses(plan.ahead, text.kept)
         if facts.verifies:
             verified = plan.options.verifies & (plan.text > 0)
-            self.tally.add_drafts(
-                torch.where(verified, plan.text - 1, 0), torch.where(verified, text.length - 1, 0)
-            )
+            drafts = (torch.where(verified, n - 1, 0) for n in (plan.text, text.length))
+            self.tally.add_drafts(*drafts)
             if facts.fan_out:
-                drafting = (plan.text > 1) & (plan.options.fan_out > 0)
-                made = torch.where(drafting, plan.canvases.exists.sum(1), 0)
-                self.tally.add_fan_outs(made, hit & drafting)
-            rows = plan.segments.length.sum(1)
-            self.read = plan.text, text.length, hit.long(), rows
+                self.tally.add_fan_outs(*fan_out.made(plan, hit))
+            self.read = plan.text, text.length, hit.long(), plan.segments.length.sum(1)
 
     def goes_on(self) -> bool:
         """Whether another forward may run before the scheduler has to know.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from vllm.config import VllmConfig
 
 from vllm_nbdiff.config import BlockDiffusionConfig
-from vllm_nbdiff.request import RequestOptions
+from vllm_nbdiff.request_options import RequestOptions
 
 BLOCKS_PER_SCHEDULE = 2
 """Most that a request of a lossless mode may emit in a schedule."""

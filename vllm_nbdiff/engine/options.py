@@ -14,7 +14,8 @@ from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.decoding.canvas import NO_LIMIT, Options
 from vllm_nbdiff.decoding.rules import RULES
 from vllm_nbdiff.engine.lookahead import fits_next_block, num_drafts
-from vllm_nbdiff.request import RequestOptions, parse_options
+from vllm_nbdiff.request import parse_options
+from vllm_nbdiff.request_options import RequestOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
