@@ -20,7 +20,7 @@ from tests.conftest import MASK
 from vllm_nbdiff.engine.scheduler import NBDiffScheduler, make_scheduler
 
 L, PAGE = 32, 32
-WIDTHS = (L, 8)
+WIDTHS = (L, 2 * L, 8)
 
 
 class Bench:

@@ -56,8 +56,10 @@ def test_pages_are_of_the_request_itself(bench: Callable[..., Bench]) -> None:
     b.step()
     b.step()
     pages = {kind: b.pages(request) for kind, request in requests.items()}
-    # The prompt, its canvas, and what else the options need: three versions of two pages.
-    expected = {"plain": 2, "fused": 3, "drafts": 2 + 6, "verify": 2, "verify fused": 3, "short": 2}
+    # The prompt, its canvas, and what else the options need: three versions of two pages; a second
+    # block that the schedule may emit, the text behind it, and four canvases of break points.
+    expected = {"plain": 2, "fused": 3, "drafts": 2 + 6, "short": 2}
+    expected |= {"verify": 3 + 2 + 4, "verify fused": 3 + 1}
     assert pages == expected
 
 

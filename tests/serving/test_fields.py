@@ -47,7 +47,6 @@ def with_fate(fate: str) -> set[str]:
 # Bodies whose field is refused.
 REFUSED: dict[str, Any] = {
     "chat_template": "{{ messages[0].content }}",
-    "logprob_token_ids": [5],
     "media_io_kwargs": {"image": {}},
     "mm_processor_kwargs": {"size": 1},
     "prompt_embeds": "AAAA",
