@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from vllm_nbdiff.engine.lookahead import Share, canvas_tokens, lookahead_tokens
+from vllm_nbdiff.families.family import NBDIFF, NEMOTRON
 from vllm_nbdiff.request_options import RequestOptions
 
 L = 32
-STATIC: Any = SimpleNamespace(static_shapes=True, block_length=L)
-LOOPED: Any = SimpleNamespace(static_shapes=False, block_length=L)
+STATIC: Any = SimpleNamespace(static_shapes=True, block_length=L, family=NBDIFF)
+LOOPED: Any = SimpleNamespace(static_shapes=False, block_length=L, family=NBDIFF)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,14 @@ def test_canvas_tokens(
     # With one row less, something of it is left out, and what remains is whole canvases.
     smaller = canvas_tokens(request, STATIC, limit=max(static[1] - 1, L))
     assert smaller == static or smaller.most in (L, 2 * L, 3 * L, 12, 24)
+
+
+def test_a_known_token_and_the_canvas_behind_it_fit() -> None:
+    """Where a row predicts its own position the canvas has a row more; never above the limit."""
+    config: Any = SimpleNamespace(static_shapes=True, block_length=L, family=NEMOTRON)
+    request = RequestOptions(mode="verify", draft_length=12, fan_out=3, block_length=L)
+    assert canvas_tokens(request, config, limit=4 * L) == (13, 52)
+    assert canvas_tokens(request, config, limit=12) == (12, 12)
 
 
 def test_canvases_share_what_there_is() -> None:

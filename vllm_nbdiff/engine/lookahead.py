@@ -56,8 +56,10 @@ def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: 
     if config.static_shapes:
         width = _canvas_width(options, config)
         parts = 1 + num_drafts(options, config, limit) + fits_next_block(options, config, limit)
-        most = min(parts + options.break_points, limit // width)
-        return Share(width * parts, width * max(parts, most))
+        # A known token and the canvas behind it, of which a family that shifts needs a row less.
+        behind = int(options.break_points > 0 and not config.family.shifts)
+        least = min(width * parts + behind, limit)
+        return Share(least, least * max(min(1 + options.break_points, limit // least), 1))
     if options.mode == "diffusion":
         return Share(options.block_length, options.block_length)
     return Share(config.block_length, BLOCKS_PER_SCHEDULE * config.block_length)

@@ -92,10 +92,12 @@ class ScheduleReader:
             blocks = max(int(scheduled[~decodes].max()) // self.options.config.block_length, 1)
             tail = self._tail(slot, done + given)
         # Most batches are the one before.
-        changes = self.options.num_changes
-        key = (slots.tobytes(), decodes.tobytes(), blocks, page_size, is_graph, changes)
+        # With static shapes no request has more rows than are scheduled for it.
+        most = scheduled * decodes if self.static else np.full_like(scheduled, self.max_rows)
+        arrays = tuple(own.tobytes() for own in (slots, decodes, most))
+        key = (*arrays, blocks, page_size, is_graph, self.options.num_changes)
         if self._known[:1] != (key,):
-            facts = self._facts(slots, decodes, blocks, page_size, is_graph)
+            facts = self._facts(slots, decodes, most, blocks, page_size, is_graph)
             self._known = key, facts, self._asked(slots)
         _, facts, asked = self._known
         return Schedule(
@@ -157,6 +159,7 @@ class ScheduleReader:
         self,
         slots: np.ndarray,
         decodes: np.ndarray,
+        most_rows: np.ndarray,
         blocks: int,
         page_size: int,
         is_graph: bool,
@@ -180,7 +183,7 @@ class ScheduleReader:
         fill_rows = np.where(decodes, fill_rows * (1 + versions), 0)
         most = np.where(fuses, next_rows + fill_rows + 1, np.maximum(next_rows, fill_rows))
         drafted = next_rows + host["fan_out"] * (host["block_length"] - 1)
-        most = np.where(host["fan_out"] * decodes > 0, drafted, most)
+        most = np.where(host["fan_out"] * decodes > 0, np.minimum(drafted, most_rows), most)
         return Facts(
             mask_token_id=config.mask_token_id,
             max_model_len=self.options.max_model_len,

@@ -182,7 +182,7 @@ class NBDiffScheduler(Scheduler):
         """
         held_back = 0
         decoding = [request for request in self.running if not _is_prefilling(request)]
-        share = self._canvas_budget // max(len(decoding), 1)
+        share = min(self._canvas_budget, budget) // max(len(decoding), 1)
         for request in sorted(decoding, key=lambda request: self._canvases[request].turn):
             canvas = self._canvases[request]
             if request.num_in_flight_tokens and self._is_cut(request, canvas):
