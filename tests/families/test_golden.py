@@ -135,3 +135,16 @@ def test_golden(engine: Any) -> None:
         ]
         assert not wrong
     assert (counter(llm, "vllm:num_preemptions") > 0) == (name == "preempted")
+
+
+@pytest.mark.parametrize("fan_out", [0, 1, 4, 16])
+def test_verified_drafts_are_ar_decoding(engine: Any, fan_out: int) -> None:
+    """The golden cases of AR decoding, where a family has some, by drafts of any kind."""
+    family, length, _, llm = engine
+    cases = [case for case in cases_of(family, length) if case["algorithm"] == "ar"]
+    if not cases:
+        pytest.skip("its context is not causal, or the cases are of another block length")
+    verify = {"nbdiff_mode": "verify", "nbdiff_fan_out": fan_out}
+    prompts, params = zip(*(request_of(case, **verify) for case in cases), strict=True)
+    outputs = tokens_of(llm.generate(list(prompts), list(params), use_tqdm=False))
+    assert outputs == [case["expected"] for case in cases]
