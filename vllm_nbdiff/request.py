@@ -153,6 +153,8 @@ def _unresolved(config: BlockDiffusionConfig, values: dict[str, Any]) -> Request
     base = config.defaults
     if base.algorithm == FREEDAVE and values.get("mode", "diffusion") != "diffusion":
         base = replace(base, algorithm="confidence", threshold=None)
+    if values.get("fused_commit") or (values.get("draft_steps") or 1) > 1:
+        base = replace(base, fan_out=None)
     if values.get("algorithm", base.algorithm) != base.algorithm:
         base = replace(base, threshold=None)
     if values.get("block_length", base.block_length) != base.block_length:

@@ -108,7 +108,7 @@ class RequestOptions:
         if self.mode not in ("verify", "auto") or self.fused_commit or self.verify_steps > 1:
             return 0
         most = DEFAULT_FAN_OUT if self.fan_out is None else self.fan_out
-        return min(most, self.draft_width)
+        return min(most, self.draft_width, self.max_drafts)
 
     @property
     def num_drafts(self) -> int:
@@ -151,7 +151,8 @@ class RequestOptions:
         resolved = replace(self, threshold=float(threshold), small_blocks=small_blocks)
         if self.algorithm == FREEDAVE:
             resolved._check_freedave()
-        if self.fan_out and (self.fused_commit or self.verify_steps > 1):
+        several = self.fused_commit or self.verify_steps > 1
+        if self.fan_out and self.mode == "verify" and several:
             other = "nbdiff_fused_commit" if self.fused_commit else "nbdiff_draft_steps above 1"
             message = f"nbdiff_fan_out={self.fan_out} does not combine with {other}"
             raise OptionError("nbdiff_fan_out", message)

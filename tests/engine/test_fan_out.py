@@ -17,7 +17,7 @@ from vllm_nbdiff.adapt import problems
 NANO = Path(__file__).parents[2] / "examples" / "nbdiff-nano"
 MASK, WIDTH, MOST = 2, 16, 60
 STEPS = "vllm:diffusion_num_denoising_steps"
-STATIC = {"nbdiff": {"static_shapes": True}}
+STATIC = {"nbdiff": {"static_shapes": True, "max_drafts": 16}}
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +112,17 @@ def test_drafts_are_counted(engine: Any) -> None:
         assert (after != before) == (fan_out > 0)
     made, hits = (new - old for new, old in zip(after, before, strict=True))
     assert made > hits > 0
+
+
+def test_drafts_beside_other_drafts(engine: Any) -> None:
+    """Neither takes a forward more than alone: what one has drafted no other one changes."""
+    prompt = f"<|user|>{problems.held_out(1)[0].prompt}<|assistant|>"
+    kinds = (options(mode="verify"), options(algorithm="freedave"))
+    params = [SamplingParams(temperature=0, max_tokens=MOST, extra_args=kind) for kind in kinds]
+
+    def forwards(*chosen: SamplingParams) -> float:
+        before = counter(engine, STEPS)
+        engine.generate([prompt] * len(chosen), list(chosen), use_tqdm=False)
+        return counter(engine, STEPS) - before
+
+    assert forwards(*params) == sum(forwards(one) for one in params)

@@ -58,7 +58,8 @@ def test_a_number_for_each_token(client: openai.OpenAI, name: str, endpoint: str
         first = 0 if name == "verify" else -1
         assert choice.step_map[0] == first and choice.step_map.count(-1) <= 2
     several = any(sum(bool(steps) for _, steps in own) > 1 for own in pieces.values())
-    assert several or "stop" in REQUESTS[name]
+    # Two blocks of a lossless mode may come at once.
+    assert several or name == "verify" or "stop" in REQUESTS[name]
 
 
 def test_prompts_of_one_completion(client: openai.OpenAI) -> None:

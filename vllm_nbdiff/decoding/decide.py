@@ -170,7 +170,8 @@ def fill(
         left = proposal.active & ~accepted & (proposal.token != facts.mask_token_id)
         left &= looked[:, None]
         table.proposed[batch.slot] = torch.where(left, proposal.token, NO_TOKEN)
-        table.rank[batch.slot] = proposal.confidence
+        rank = table.rank[batch.slot]  # of others those of drafts
+        table.rank[batch.slot] = torch.where(looked[:, None], proposal.confidence, rank)
     state = state._replace(
         tokens=torch.where(looked[:, None], canvas, state.tokens), step=state.step + looked
     )

@@ -83,6 +83,7 @@ class PagedBatch:
     def forward(self, plan: Plan, batch: Batch, facts: Facts) -> Forward | None:
         """A forward over as many rows as the plan has; None without any."""
         segments, previous = plan.segments, self._previous
+        self.copies.clear()
         if previous is not None and not facts.prefills and _same_rows(segments, previous.segments):
             rows, metadata = previous.rows, previous.metadata
             slot_mapping = previous.slot_mapping

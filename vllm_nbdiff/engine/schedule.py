@@ -81,7 +81,12 @@ class ScheduleReader:
         computed = runner.num_computed_prefill_tokens_np[:count].astype(np.int64)
         ends = ~decodes & (computed + scheduled >= runner.prefill_len_np[:count])
         rows = scheduled
-        if not self.static:
+        if self.static:
+            # Logits are padded to the request with the most rows, of which drafts have many.
+            cap = max(self.max_rows // count, self.options.config.block_length + 1)
+            drafting = self.options.host["fan_out"][slots] > 0
+            rows = np.where(drafting & decodes, np.minimum(scheduled, cap), scheduled)
+        else:
             rows = scheduled + self._extra_rows(slots, int(scheduled.sum()))
         columns = [slots, scheduled, computed, rows, self.lookahead[slots], decodes, ends]
         on_device = async_tensor_h2d(np.stack(columns), device=self.device).unbind()
@@ -93,7 +98,7 @@ class ScheduleReader:
             tail = self._tail(slot, done + given)
         # Most batches are the one before.
         # With static shapes no request has more rows than are scheduled for it.
-        most = scheduled * decodes if self.static else np.full_like(scheduled, self.max_rows)
+        most = rows * decodes if self.static else np.full_like(scheduled, self.max_rows)
         arrays = tuple(own.tobytes() for own in (slots, decodes, most))
         key = (*arrays, blocks, page_size, is_graph, self.options.num_changes)
         if self._known[:1] != (key,):
@@ -174,6 +179,9 @@ class ScheduleReader:
             host["fuses"] = np.zeros_like(host["fuses"])
             host["max_versions"] = np.zeros_like(host["max_versions"])
             host["fan_out"] = np.zeros_like(host["fan_out"])
+        if self.static:
+            each = np.maximum(host["block_length"] - 1, 1)
+            host["fan_out"] = np.minimum(host["fan_out"], np.maximum(most_rows // each, 1))
         limited = host["max_steps"] < NO_LIMIT
         verifies, fuses, versions = host["verifies"], host["fuses"], host["max_versions"]
         next_rows = np.where(verifies & decodes, host["block_length"], 1)

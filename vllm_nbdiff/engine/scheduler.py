@@ -189,7 +189,9 @@ class NBDiffScheduler(Scheduler):
                 request.spec_token_ids = []
                 continue
             fits = canvas.tokens.least <= budget
-            width = canvas.tokens.of(min(share, budget)) if fits else 0
+            # The next step needs room below the model's length too, whatever this one emits.
+            behind = self.max_model_len - request.num_computed_tokens - canvas.tokens.least
+            width = canvas.tokens.of(min(share, budget, behind)) if fits else 0
             if len(request.spec_token_ids) != width:
                 request.spec_token_ids = [-1] * width
             if fits:
