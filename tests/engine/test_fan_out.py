@@ -117,7 +117,7 @@ def test_drafts_are_counted(engine: Any) -> None:
 def test_drafts_beside_other_drafts(engine: Any) -> None:
     """Neither takes a forward more than alone: what one has drafted no other one changes."""
     prompt = f"<|user|>{problems.held_out(1)[0].prompt}<|assistant|>"
-    kinds = (options(mode="verify"), options(algorithm="freedave"))
+    kinds = (options(mode="verify", fan_out=4), options(algorithm="freedave"))
     params = [SamplingParams(temperature=0, max_tokens=MOST, extra_args=kind) for kind in kinds]
 
     def forwards(*chosen: SamplingParams) -> float:

@@ -27,7 +27,7 @@ LOOPED: Any = SimpleNamespace(static_shapes=False, block_length=L, family=NBDIFF
         ({"mode": "verify", "draft_length": 12, "fan_out": 0}, (12, 12), (L, 2 * L)),
         ({"mode": "verify", "draft_length": 12, "fan_out": 2}, (12, 36), (L, 2 * L)),
         ({"mode": "verify", "draft_length": 12, "fused_commit": True}, (24, 24), (L, 2 * L)),
-        ({"mode": "auto"}, (L, 4 * L), (L, 2 * L)),
+        ({"mode": "auto"}, (L, L), (L, 2 * L)),
     ],
     ids=str,
 )

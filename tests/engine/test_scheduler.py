@@ -48,7 +48,7 @@ def test_pages_are_of_the_request_itself(bench: Callable[..., Bench]) -> None:
         "plain": None,
         "fused": options(fused_commit=1),
         "drafts": FREEDAVE,
-        "verify": options(mode="verify", draft_length=16),
+        "verify": options(mode="verify", draft_length=16, fan_out=4),
         "verify fused": options(mode="verify", draft_length=16, fused_commit=1),
         "short": options(block_length=8),
     }
