@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from scipy.stats import chisquare
+from vllm import envs
 
 GOLDEN = Path(__file__).parent / "golden"
 MASK = 511
@@ -39,6 +40,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return _group(nodeid)
 
     return Groups(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_read_anew() -> None:
+    """An engine that an earlier test started made vLLM keep the environment as it was then."""
+    envs.disable_envs_cache()
 
 
 @pytest.fixture(scope="session")
