@@ -105,8 +105,10 @@ class ConstraintTable:
             owner: [n] int64, batch index of each row on the host, ascending.
         """
         slots, mask = schedule.slots, schedule.facts.mask_token_id
-        context = context_of(plan, packed, schedule)
         parts = list(self._parts(owner, slots))
+        if not any(constraints.any for constraints, _ in parts):
+            return  # grammars alone
+        context = context_of(plan, packed, schedule)
         for constraints, rows in parts:
             constraints.before_penalties(logits[rows], context.rows(rows))
         longest = schedule.longest

@@ -72,8 +72,10 @@ class RowSampler:
         logits = part[row : row + 1].clone()
         logits[:, self.mask_token_id] = -torch.inf
         apply_bits(logits, bits, [0])
-        params = None if self._params is None else self._params[chosen[row : row + 1]]
-        drawn = draw_rows(logits, params, self.mask_token_id)
+        if self._params is None:
+            best, token = logits[0].max(0)
+            return int(token) if best.isfinite() else None
+        drawn = draw_rows(logits, self._params[chosen[row : row + 1]], self.mask_token_id)
         return int(drawn.token) if drawn.probability > 0 else None
 
     def best_others(self, stuck: Tensor) -> Drawn:
