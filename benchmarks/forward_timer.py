@@ -9,8 +9,11 @@ from functools import wraps
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from vllm_nbdiff.engine.auto import Limits
 
 if TYPE_CHECKING:
     from vllm_nbdiff.decoding.plan import Plan
@@ -81,6 +84,13 @@ class ForwardTimer:
             )
 
         sampler.draw = forced
+
+    def set_adaptive(self, adaptive: bool) -> None:
+        """Whether what is verified and drafted follows what it costs, as it does by default."""
+        model_state = self.model_runner.model_state
+        model_state.loop.auto.sets_limits = adaptive
+        table, everything = model_state.options, Limits(0.0, 0.0)
+        table.set_limits(np.arange(len(table.is_auto)), *everything)
 
     @torch.inference_mode()
     def time_rows(self, rows: int, repeats: int = 5) -> float:
