@@ -106,11 +106,6 @@ def test_installed_logits_processors_are_refused(
         start(checkpoint)
 
 
-def test_auto_is_refused_with_tensor_parallelism(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"nbdiff_mode=auto .* --tensor-parallel-size 1"):
-        start(checkpoint, tensor_parallel_size=2, additional_config={"nbdiff": {"mode": "auto"}})
-
-
 def test_generation_config_defaults(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     defaults = {"nbdiff_threshold": 0.7, "eos_token_id": 510}

@@ -198,7 +198,6 @@ def test_what_the_operator_allows() -> None:
         ("nbdiff_algorithm", "topk_margin"),
         ("nbdiff_algorithm", 3),
         ("nbdiff_mode", "speculate"),
-        ("nbdiff_mode", "auto"),  # with tensor parallelism
         ("nbdiff_draft_length", 33),
         ("nbdiff_draft_length", 8),  # without verification
         ("nbdiff_fused_commit", 2),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_nbdiff.engine_options import EngineOptions, parse_engine_options
 from vllm_nbdiff.families.family import NBDIFF, Family, family_of
 from vllm_nbdiff.names import ARCHITECTURE
-from vllm_nbdiff.request import check_family, check_mode, check_option
+from vllm_nbdiff.request import check_family, check_option
 from vllm_nbdiff.request_options import OPTION_KEYS, RequestOptions
 
 if TYPE_CHECKING:
@@ -162,8 +162,6 @@ def _request_defaults(
         known["fused_commit"] = family.seed == "never" and not _static_shapes(engine)
         known |= {"block_length": block_length, "sub_block_length": family.sub_block_length}
         values = {**known, "max_drafts": engine.max_drafts, **values}
-        options = RequestOptions(**values).resolved()
-        check_mode(options.mode, vllm_config.parallel_config.tensor_parallel_size)
-        return options
+        return RequestOptions(**values).resolved()
     except ValueError as error:
         raise ValueError(f"server-wide nbdiff defaults: {error}") from None

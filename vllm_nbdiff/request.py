@@ -84,16 +84,6 @@ def check_family(name: str, value: Any, family: Family) -> None:
         raise OptionError(KEY_OF[name], f"{KEY_OF[name]}{reason}")
 
 
-def check_mode(mode: str, tensor_parallel_size: int) -> None:
-    """Raise OptionError for a mode that tensor parallelism rules out.
-
-    What `auto` measures differs from rank to rank, and so would their choices.
-    """
-    if mode == "auto" and tensor_parallel_size > 1:
-        message = "nbdiff_mode=auto measures time and needs --tensor-parallel-size 1"
-        raise OptionError("nbdiff_mode", message)
-
-
 def parse_options(
     extra_args: dict[str, Any] | None, config: BlockDiffusionConfig
 ) -> RequestOptions:
@@ -120,7 +110,6 @@ def parse_options(
             raise OptionError(key, f"{key} does not apply to nbdiff_mode={mode}")
         if name in values and name in inapplicable_to(options.algorithm):
             raise OptionError(key, f"{key} does not apply to nbdiff_algorithm={options.algorithm}")
-    check_mode(mode, config.tensor_parallel_size)
     return options.resolved()
 
 

@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 NANO = HERE.parents[1] / "examples" / "nbdiff-nano"
 ALGORITHMS = {"origin": "confidence", "confidence_threshold": "confidence", "entropy": "entropy"}
 BLOCK_LENGTH = 8
+LOSSLESS = ("ar", "verify", "auto")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,13 @@ def request_of(case: dict[str, Any]) -> dict[str, Any]:
     }
     params = {"temperature": 0, "max_tokens": 32, "detokenize": False, "extra_args": options}
     return {"prompt": case["prompt"], "params": params}
+
+
+def lossless_request(prompt: list[int], mode: str) -> dict[str, Any]:
+    """`verify` with drafts behind break points."""
+    options = {"nbdiff_mode": mode, **({"nbdiff_fan_out": 2} if mode == "verify" else {})}
+    params = {"temperature": 0, "max_tokens": 48, "ignore_eos": True, "detokenize": False}
+    return {"prompt": prompt, "params": params | {"extra_args": options}}
 
 
 def generate(
@@ -90,10 +98,14 @@ def test_golden_with_two_workers(
     }
     tokens, log = generate(
         [executor, shapes, str(golden_checkpoint), json.dumps(overrides)],
-        [request_of(case) for case in cases],
+        [request_of(case) for case in cases]
+        + [lossless_request(case["prompt"], mode) for mode in LOSSLESS for case in cases[:4]],
         **({"PYTHONPATH": platform_plugin} if executor == "ray" else {}),
     )
-    assert tokens == [case["expected"] for case in cases]
+    assert tokens[: len(cases)] == [case["expected"] for case in cases]
+    # What `auto` measures differs between workers; its choices, and so the forwards, must not.
+    ar, verify, auto = (tokens[len(cases) + 4 * i :][:4] for i in range(3))
+    assert ar == verify == auto and all(len(text) == 48 for text in ar)
     assert ("Started a local Ray instance" in log) == (executor == "ray")
 
 

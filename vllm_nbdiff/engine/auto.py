@@ -20,6 +20,7 @@ from torch import Tensor
 from vllm_nbdiff.decoding.emitted import Emitted
 from vllm_nbdiff.engine.cost import CostModel
 from vllm_nbdiff.engine.options import OptionTable
+from vllm_nbdiff.engine.ranks import Agree
 from vllm_nbdiff.engine.schedule import Schedule
 
 WIDTHS = (1, 8, 16, 32)
@@ -174,17 +175,20 @@ class AutoDrafts:
     nothing of it is left out.
     """
 
-    def __init__(self, options: OptionTable, steps_per_schedule: int, static: bool) -> None:
+    def __init__(
+        self, options: OptionTable, steps_per_schedule: int, static: bool, agree: Agree
+    ) -> None:
         """
         Args:
             options: of all requests.
             steps_per_schedule: most forwards of a schedule.
             static: nothing may be read back; a schedule is one forward.
+            agree: on what is chosen, as what is measured differs between ranks.
         """
         self.options = options
         self.static = static
-        # What is measured differs between ranks, which must run the same forwards.
-        self.sets_limits = not static and options.config.tensor_parallel_size == 1
+        self.sets_limits = not static
+        self._agree = agree
         self.chooser = DraftChooser(CostModel(), options.config.block_length, steps_per_schedule)
         self._drafting = np.zeros(0, np.bool_)
         self._arriving: list[tuple[torch.cuda.Event, np.ndarray, np.ndarray, Tensor]] = []
@@ -210,15 +214,16 @@ class AutoDrafts:
         if auto.any():
             others = int(schedule.scheduled[schedule.decodes & ~auto].sum())
             width = self.chooser.choose(max(int(own.sum()), 1), others)
-            options.set_draft_length(slots[auto], width)
+            options.set_draft_length(slots[auto], int(self._agree(np.array([width]))[0]))
         if self.sets_limits:
             self._set_limits(slots, self._drafting & schedule.decodes)
 
     def _set_limits(self, slots: np.ndarray, drafting: np.ndarray) -> None:
         count, widths = int(drafting.sum()), self.options.host["block_length"][slots]
-        for width in set(widths[drafting].tolist()):
+        for width in sorted(set(widths[drafting].tolist())):
             limits = self.chooser.limits(width, count, self._rows)
-            self.options.set_limits(slots[drafting & (widths == width)], *limits)
+            chance, survival = self._agree(np.array(limits)).tolist()
+            self.options.set_limits(slots[drafting & (widths == width)], chance, survival)
 
     def observe_drafts(self, read: tuple[Tensor, ...] | None) -> None:
         """Learn from verified texts: [B] each, of `Verified` what follows the width."""

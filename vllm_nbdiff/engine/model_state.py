@@ -37,6 +37,7 @@ from vllm_nbdiff.engine.logprobs import LogprobTable
 from vllm_nbdiff.engine.lookahead import lookahead_tokens, row_limit
 from vllm_nbdiff.engine.loop import ForwardLoop
 from vllm_nbdiff.engine.options import OptionTable
+from vllm_nbdiff.engine.ranks import alone, of_first_rank
 from vllm_nbdiff.engine.sampler import RowSampler
 from vllm_nbdiff.engine.schedule import ScheduleReader
 from vllm_nbdiff.engine.step_map import StepTable
@@ -117,10 +118,12 @@ class NBDiffModelState(ModelState):
         self.steps = StepTable(slots, config.block_length, self.device)
         decoder = Decoder(self.table, self.options, rows, self.steps)
         steps = self._steps_per_schedule()
-        auto = AutoDrafts(self.options, steps, config.static_shapes)
-        # Clocks differ between ranks, which must run the same forwards.
-        alone = config.tensor_parallel_size == 1
-        seconds = _SECONDS_PER_SCHEDULE if alone else math.inf
+        # Clocks differ between ranks.
+        is_alone = config.tensor_parallel_size == 1
+        agree, seconds = of_first_rank, math.inf
+        if is_alone:
+            agree, seconds = alone, _SECONDS_PER_SCHEDULE
+        auto = AutoDrafts(self.options, steps, config.static_shapes, agree)
         self.adapters = self._make_adapters(slots)
         self.loop = ForwardLoop(self._model, decoder, auto, steps, seconds, self.adapters)
         return NBDiffSampler(self.loop, sampler.compute_nans), None
