@@ -2,7 +2,6 @@
 """Admission: every number, list and string of a request is bounded, and refused by name."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -305,14 +304,6 @@ def test_grammars_are_bounded(wanted: dict[str, Any], others: dict[str, Any]) ->
     assert refused(SamplingParams(structured_outputs=structured, **others)) == "structured_outputs"
     assert refused(SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a"]))) is None
     assert refused(changed("structured_outputs", wanted)) == "structured_outputs"
-
-
-def test_grammars_need_an_answer_that_begins_with_the_text() -> None:
-    """Behind thinking they would begin where a parser finds its end."""
-    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a"]))
-    served = replace(config(), reasoning_parser="qwen3")
-    with pytest.raises(VLLMValidationError, match=r"structured_outputs .* --reasoning-parser"):
-        validate_request(params, [1, 2], served)
 
 
 def test_extra_args_that_are_no_object() -> None:

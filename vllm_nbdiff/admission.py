@@ -282,12 +282,6 @@ def _check_grammar(
         return
     if not isinstance(wanted, StructuredOutputsParams):
         refuse("structured_outputs", "must be StructuredOutputsParams")
-    if config.reasoning_parser:
-        refuse(
-            "structured_outputs",
-            "is not supported on a server with --reasoning-parser, where grammars begin with the "
-            "answer, unless it has --structured-outputs-config '{\"enable_in_reasoning\": true}'",
-        )
     if options.algorithm == FREEDAVE or RULES[options.algorithm].edits:
         refuse("structured_outputs", f"does not apply to nbdiff_algorithm={options.algorithm}")
     backend = wanted._backend  # vLLM has chosen it, at the second look

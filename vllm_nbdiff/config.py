@@ -40,8 +40,6 @@ class BlockDiffusionConfig:
     family: Family = NBDIFF
     end_think_token_id: int | None = None
     """What ends thinking where a budget for it is honoured and vLLM knows it as one token."""
-    reasoning_parser: str = ""
-    """Where grammars of structured output apply to what follows thinking alone."""
 
     @property
     def static_shapes(self) -> bool:
@@ -77,7 +75,6 @@ class BlockDiffusionConfig:
             engine=engine,
             family=family,
             end_think_token_id=_end_think_token_id(vllm_config, family),
-            reasoning_parser=_reasoning_parser(vllm_config),
         )
 
 
@@ -122,11 +119,6 @@ def _end_think_token_id(vllm_config: VllmConfig, family: Family) -> int | None:
     reasoning = vllm_config.reasoning_config
     ids = reasoning.reasoning_end_token_ids if reasoning is not None else None
     return ids[0] if family.thinking_budget and ids and len(ids) == 1 else None
-
-
-def _reasoning_parser(vllm_config: VllmConfig) -> str:
-    structured = vllm_config.structured_outputs_config
-    return "" if structured.enable_in_reasoning else structured.reasoning_parser
 
 
 def _request_defaults(

@@ -12,6 +12,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
+from tests import reasoning_parser
 from tests.serving.server import MODEL, serve
 from tests.serving.test_requests import chat, complete
 
@@ -60,6 +61,34 @@ def tool_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.Ope
     log = tmp_path_factory.mktemp("tools") / "log"
     with serve(log, "--enable-auto-tool-choice", "--tool-call-parser=hermes") as running:
         yield running.client()
+
+
+@pytest.fixture(scope="module")
+def thinking_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """Of a server whose model thinks before it answers."""
+    log = tmp_path_factory.mktemp("thinking") / "log"
+    plugin = f"--reasoning-parser-plugin={reasoning_parser.__file__}"
+    with serve(log, "--reasoning-parser=colon", plugin) as running:
+        yield running.client()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_schema_of_what_was_thought_about(
+    thinking_client: openai.OpenAI, compact: dict[str, Any], mode: str
+) -> None:
+    """Thoughts are free and apart, the answer meets the schema, a stream brings the same."""
+    ask = {"response_format": FORMAT, "extra_body": {"vllm_xargs": {"nbdiff_mode": mode}}}
+    question = "Ivy has 14 eggs, finds 8 more and gives 2 to Ben. How many eggs does Ivy have?"
+    ask["messages"] = [{"role": "user", "content": question}]
+    whole = chat(thinking_client, max_tokens=120, **ask, **compact).choices[0]
+    assert whole.finish_reason == "stop"
+    jsonschema.validate(json.loads(whole.message.content), SCHEMA)
+    thought = whole.message.reasoning
+    assert len(thought) > 3 and ":" not in thought
+    pieces = list(chat(thinking_client, max_tokens=120, stream=True, **ask, **compact))
+    deltas = [piece.choices[0].delta for piece in pieces]
+    assert "".join(delta.content or "" for delta in deltas) == whole.message.content
+    assert "".join(getattr(delta, "reasoning", None) or "" for delta in deltas) == thought
 
 
 def call_tools(client: openai.OpenAI, stream: bool, **body: Any) -> list[tuple[str, Any]]:

@@ -20,9 +20,13 @@ MASK_TOKEN = "<|mask|>"
 def chat(client: openai.OpenAI, **options: Any) -> Any:
     """Ask the question as a conversation, greedily."""
     return client.chat.completions.create(
-        model=NAME,
-        messages=[{"role": "user", "content": QUESTION}],
-        **{"temperature": 0, "max_tokens": 40, **options},
+        **{
+            "model": NAME,
+            "messages": [{"role": "user", "content": QUESTION}],
+            "temperature": 0,
+            "max_tokens": 40,
+            **options,
+        },
     )
 
 

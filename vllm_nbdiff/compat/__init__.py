@@ -19,7 +19,7 @@ from vllm_nbdiff.compat.lora import map_rows_of_adapters
 from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
 from vllm_nbdiff.compat.scheduler import allocate_own_lookahead, leave_ends_uncached
 from vllm_nbdiff.compat.step_map import give_step_maps, pack_steps
-from vllm_nbdiff.compat.thinking import reasoning_config
+from vllm_nbdiff.compat.thinking import Thoughts, name_thinking, reasoning_config, thoughts_of
 from vllm_nbdiff.compat.worker import (
     carry_counts,
     counts_of,
@@ -36,6 +36,7 @@ __all__ = [
     "ATTENTION_BACKEND",
     "KINDS",
     "GrammarCompiler",
+    "Thoughts",
     "add_counts",
     "allocate_own_lookahead",
     "apply_patches",
@@ -45,12 +46,14 @@ __all__ = [
     "leave_ends_uncached",
     "map_rows_of_adapters",
     "name_backend",
+    "name_thinking",
     "needs_cpu_kernels",
     "pack_steps",
     "reasoning_config",
     "register_config_hook",
     "register_cpu_kernels",
     "share_compiler",
+    "thoughts_of",
     "write_more_kv",
 ]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_nbdiff.compat import GrammarCompiler
+from vllm_nbdiff.compat import GrammarCompiler, thoughts_of
 from vllm_nbdiff.decoding.decide import Proposal
 from vllm_nbdiff.decoding.plan import Plan
 from vllm_nbdiff.decoding.rows import Packed
@@ -42,12 +42,13 @@ DrawAgain = Callable[[int, Tensor], int | None]
 
 
 class Opened(NamedTuple):
-    """A canvas whose first masked column is drawn under its mask."""
+    """A canvas that has masked columns, the first of which is drawn under its mask."""
 
     slot: int
     matcher: Matcher  # before that column
     column: int
     rows: dict[int, int]  # of logits, by column
+    thinks: bool  # that column has no mask yet: it need not be filled
 
 
 class GrammarTable:
@@ -62,6 +63,7 @@ class GrammarTable:
             text: [slots, T] int32 on the model's device, tokens of every request.
             mask_token_id: of the model.
         """
+        self._vllm_config = vllm_config
         self._compiler = GrammarCompiler(vllm_config)
         self._text = text
         self._mask = mask_token_id
@@ -71,7 +73,7 @@ class GrammarTable:
         """Slots that cannot go on: whether the matcher failed, or nothing fits."""
         self._opened: dict[int, Opened] = {}
 
-    def add_request(self, slot: int, params: SamplingParams, prompt_length: int) -> None:
+    def add_request(self, slot: int, params: SamplingParams, prompt: list[int]) -> None:
         """Set the grammar of a request, if it has one."""
         self.remove_request(slot)
         if params.structured_outputs is None:
@@ -80,7 +82,8 @@ class GrammarTable:
         with self._guarded(slot):
             compiled = self._compiler.compile(params)
             stops = set(params.all_stop_token_ids)
-            self._matchers[slot] = Matcher(compiled, prompt_length, stops)
+            thoughts = thoughts_of(self._vllm_config, params, prompt)
+            self._matchers[slot] = Matcher(compiled, len(prompt), stops, thoughts)
 
     def remove_request(self, slot: int) -> None:
         """Forget a finished or preempted request."""
@@ -122,7 +125,8 @@ class GrammarTable:
                     bits[row] = allowed[0, : bits.shape[1]]
         if chosen:
             apply_bits(logits, bits, chosen)
-            if opened := [one.rows[one.column] for one in self._opened.values()]:
+            opened = [o.rows[o.column] for o in self._opened.values() if not o.thinks]
+            if opened:
                 # The column has to be filled.
                 logits[async_tensor_h2d(opened, device=logits.device), self._mask] = -torch.inf
 
@@ -149,7 +153,7 @@ class GrammarTable:
     ) -> tuple[Proposal, Tensor]:
         """What of a proposal stays, of canvases [B, L] and of the `accepted` [B, L] bool columns.
 
-        The first masked column is always taken.
+        The first masked column is always taken, but for thoughts.
         """
         opened, self._opened = self._opened, {}
         if not opened:
@@ -176,13 +180,15 @@ class GrammarTable:
         """Change what is proposed for one request: its canvas, tokens, and what is taken, of `own`
         [5, L], which also says whether the step is its canvas's last, and what has a chance."""
         canvas, token, taken, is_last, is_likely = own
-        taken[one.column] = 1
+        if not one.thinks:
+            taken[one.column] = 1
         for column in range(one.column, len(canvas)):
             fresh = bool(taken[column])
             if not fresh and canvas[column] == self._mask:
                 return
             fits = one.matcher.accepts(int((token if fresh else canvas)[column]))
-            if column == one.column and not (fits and is_likely[column]):
+            must_fit = column == one.column and not one.thinks
+            if must_fit and not (fits and is_likely[column]):
                 raise NothingFits
             if fits:
                 continue
@@ -213,7 +219,7 @@ class GrammarTable:
         behind = self._text[slot, matcher.position : end].tolist() if end > matcher.position else []
         matcher.follow(behind)
         if not width:  # a prompt ends
-            if not matcher.has_ended:
+            if matcher.constrains:
                 yield rows[0], matcher.allowed()
             return
         first = max(matcher.prompt_length - end, 0)  # the tail of a prompt may lie in the canvas
@@ -221,16 +227,16 @@ class GrammarTable:
             if not text and tokens[column] == self._mask:
                 own = {place - num_next: row for place, row in rows.items()}
                 if not matcher.has_ended:
-                    row = own[column]
-                    self._opened[request] = Opened(slot, matcher, column, own)
-                    yield row, matcher.allowed()
+                    self._opened[request] = Opened(slot, matcher, column, own, matcher.thinks)
+                if matcher.constrains:
+                    yield own[column], matcher.allowed()
                 return
             if not matcher.accepts(tokens[column]):
                 if column == first or not text:
                     raise NothingFits
                 return  # verification will not keep this draft
             place = column if num_next > 1 else column + 1 - text
-            if text and place in rows and not matcher.has_ended:
+            if text and place in rows and matcher.constrains:
                 yield rows[place], matcher.allowed()
 
     @contextlib.contextmanager

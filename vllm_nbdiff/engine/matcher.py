@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A grammar of vLLM behind the text of one request: what may follow, and back to the text."""
+"""A grammar of vLLM behind the text of one request: what may follow, and back to the text.
+
+Where a model thinks before it answers, the grammar is the answer's: thoughts are free.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+    from vllm_nbdiff.compat import Thoughts
 
 
 class NothingFits(Exception):
@@ -25,6 +30,7 @@ class Matcher:
         compiled: Future[tuple[StructuredOutputGrammar, Tensor]],
         prompt_length: int,
         stops: set[int],
+        thoughts: Thoughts | None = None,
     ) -> None:
         """
         Args:
@@ -32,10 +38,13 @@ class Matcher:
                 fill; waited for when it is asked first.
             prompt_length: tokens before the text.
             stops: tokens that may end the text.
+            thoughts: before the text that the grammar is for, where there are some.
         """
         self._compiled = compiled
         self._stops = stops
-        self._ahead = 0
+        self._thoughts = thoughts
+        # Tokens behind the final text: that the grammar has accepted, and that were thought.
+        self._ahead = self._thought_ahead = 0
         self.prompt_length = prompt_length
         self.position = prompt_length
         """Of the first token that is not final, as far as the matcher knows."""
@@ -47,7 +56,17 @@ class Matcher:
     @property
     def has_ended(self) -> bool:
         """Whether the text has: whatever follows is not constrained."""
-        return self._grammar.is_terminated()
+        return not self.thinks and self._grammar.is_terminated()
+
+    @property
+    def constrains(self) -> bool:
+        """Whether the grammar says what comes next."""
+        return not (self.thinks or self.has_ended)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the grammar has not begun: what comes next is not constrained."""
+        return self._thoughts is not None and self._thoughts.go_on
 
     def allowed(self) -> Tensor:
         """[1, ceil(V / 32)] int32: a bit for each token that may come next; valid until the next
@@ -58,8 +77,19 @@ class Matcher:
 
     def accepts(self, token: int) -> bool:
         """Move past `token` if it may come next."""
-        if self.has_ended:
-            return True
+        if self.thinks:
+            assert self._thoughts is not None
+            if not self._thoughts.take(token):
+                self._thought_ahead += 1
+                return True
+            if self._fits(token):
+                self._thought_ahead += 1
+                return True
+            self._thoughts.back(1)
+            return False
+        return self.has_ended or self._fits(token)
+
+    def _fits(self, token: int) -> bool:
         legal = bool(self._grammar.validate_tokens([token]))
         if not legal and token in self._stops:
             # llguidance validates nothing where only the end may follow.
@@ -73,7 +103,9 @@ class Matcher:
         """Go back to the final text, which has grown by `tokens`."""
         if self._ahead:
             self._grammar.rollback(self._ahead)
+        if self._thoughts is not None:
+            self._thoughts.back(self._thought_ahead)
         if not all(self.accepts(token) for token in tokens):
             raise NothingFits
-        self._ahead = 0
+        self._ahead = self._thought_ahead = 0
         self.position += len(tokens)

@@ -148,7 +148,8 @@ class NBDiffModelState(ModelState):
             self.adapters.add_request(req_index, new_req_data.lora_request)
         prompt_len = new_req_data.prompt_len
         constrained = self.constraints.add_request(req_index, params, prompt_len)
-        self.grammars.add_request(req_index, params, prompt_len)
+        prompt = new_req_data.prompt_token_ids or []
+        self.grammars.add_request(req_index, params, prompt)
         options = self.options.add_request(req_index, params, prompt_len, constrained)
         self.logprobs.add_request(
             req_index, self._logprobs_of(params), params.logprob_token_ids or ()

@@ -122,6 +122,7 @@ class NBDiffScheduler(Scheduler):
             kind=options.algorithm if options.algorithm in compat.KINDS else options.mode,
         )
         compat.name_backend(self.structured_output_manager, request.sampling_params)
+        compat.name_thinking(self.structured_output_manager, request)
         if self._ignores_priority:
             request.priority = 0
         super().add_request(request)

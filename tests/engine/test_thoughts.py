@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured output of a model that thinks first: the grammar is that of its answer."""
+
+import gc
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from tests import reasoning_parser
+from tests.conftest import counter, in_process
+from tests.engine.grammar_cases import is_valid
+from tests.engine.test_grammars import (
+    DIFFUSION,
+    LOSSLESS,
+    MASK,
+    NANO,
+    PROMPTS,
+    endings,
+    generate,
+    params,
+)
+from vllm_nbdiff.engine.matcher import Matcher
+
+PARSER = {
+    "backend": "xgrammar",
+    "disable_any_whitespace": True,
+    "reasoning_parser": "colon",
+    "reasoning_parser_plugin": reasoning_parser.__file__,
+}
+SETTINGS: dict[str, Any] = {
+    "skip_tokenizer_init": False,
+    "structured_outputs_config": PARSER,
+    "kv_cache_memory_bytes": 1 << 27,
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "chunked": {"max_num_batched_tokens": 64},
+    "preempted": {"max_model_len": 352, "num_gpu_blocks_override": 14, "block_size": 32},
+    "static": {"additional_config": {"nbdiff": {"static_shapes": True}}},
+}
+CONSTRAINTS: list[dict[str, Any]] = [
+    {"regex": "[0-9]{3}-[a-z]{2,30}"},
+    {"choice": ["Monday", "In the end", "22 - 2 = 20"]},
+    {"json": {"type": "object", "properties": {"eggs": {"type": "integer", "maximum": 40}},
+              "required": ["eggs"], "additionalProperties": False}},
+    {"regex": "(yes|no) (: ){2}[0-9]"},
+]  # fmt: skip
+
+
+def requests_of(extra: dict[str, Any], **more: Any) -> list[tuple[str, SamplingParams]]:
+    """Of some prompts thinking has ended already."""
+    return [
+        (prompt + reasoning_parser.END * (i % 5 == 4), params(constraint, extra_args=extra, **more))
+        for i, prompt in enumerate(PROMPTS[:20])
+        for constraint in (CONSTRAINTS[i % len(CONSTRAINTS)],)
+    ]
+
+
+@pytest.fixture(scope="module")
+def stock_texts() -> list[Any]:
+    """What stock vLLM gives, decoding the same weights autoregressively."""
+    from vllm import LLM
+
+    with in_process():
+        llm = LLM(
+            model=str(NANO),
+            hf_overrides={"architectures": ["LlamaForCausalLM"]},
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=512,
+            **SETTINGS,
+        )
+    requests = requests_of({})
+    for _, own in requests:
+        own.allowed_token_ids = [token for token in range(616) if token != MASK]
+    texts = endings(generate(llm, requests))
+    del llm
+    gc.collect()
+    return texts
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(
+    request: Any,
+    stock_texts: Any,  # first: an engine that ends takes process groups along
+    make_llm: Callable[..., Any],
+) -> Iterator[tuple[str, Any]]:
+    yield request.param, make_llm(NANO, 32, MASK, **SETTINGS | ENGINES[request.param])
+
+
+def answer_of(llm: Any, prompt: str, tokens: list[int]) -> str | None:
+    """The text behind thoughts; None: there are only these."""
+    tokenizer = llm.get_tokenizer()
+    (end,) = tokenizer.encode(reasoning_parser.END)
+    if not prompt.endswith(reasoning_parser.END):
+        if end not in tokens:
+            return None
+        tokens = tokens[tokens.index(end) + 1 :]
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_lossless_modes_are_ar_decoding(engine: tuple[str, Any], stock_texts: list[Any]) -> None:
+    """Token for token, all modes in one batch, twice."""
+    name, llm = engine
+    requests = [request for extra in LOSSLESS for request in requests_of(extra)]
+    for _ in range(2):
+        given = endings(generate(llm, requests))
+        assert given == stock_texts * len(LOSSLESS)
+    assert (counter(llm, "vllm:num_preemptions") > 0) == (name == "preempted")
+    assert sum(reason == "stop" for reason, _ in stock_texts) > 8
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}])
+def test_every_answer_is_legal(engine: tuple[str, Any], sampling: dict[str, Any]) -> None:
+    """Whatever a model thinks before."""
+    _, llm = engine
+    legal = {True: 0, False: 0}
+    for extra in DIFFUSION:
+        requests = requests_of(extra, **sampling)
+        for (prompt, own), output in zip(requests, generate(llm, requests), strict=True):
+            (end,) = output.outputs
+            answer = answer_of(llm, prompt, list(end.token_ids))
+            assert end.finish_reason in ("stop", "length")
+            wanted = own.structured_outputs
+            constraint = {k: v for k, v in vars(wanted).items() if v and k in
+                          ("regex", "choice", "json")}  # fmt: skip
+            if end.finish_reason == "stop" and answer is not None:
+                assert is_valid(constraint, answer)
+                legal[prompt.endswith(reasoning_parser.END)] += 1
+    assert legal[True] > 6 and legal[False] > 20
+
+
+class Grammar:
+    """Takes the tokens of one text, and goes back."""
+
+    def __init__(self, text: list[int]) -> None:
+        self.text, self.taken = text, 0
+
+    def is_terminated(self) -> bool:
+        return self.taken == len(self.text)
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        return tokens if tokens == self.text[self.taken : self.taken + 1] else []
+
+    def accept_tokens(self, _: str, tokens: list[int]) -> bool:
+        self.taken += len(tokens)
+        return True
+
+    def rollback(self, count: int) -> None:
+        self.taken -= count
+
+
+class Parsed:
+    """Thinks until `end`."""
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+
+    def is_reasoning_end_streaming(self, tokens: list[int], delta: list[int]) -> bool:
+        assert tokens[-1:] == delta
+        return self.end in delta
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_back_to_the_final_text(seed: int) -> None:
+    """However far it walks on and back, a matcher is where the final text ends."""
+    from concurrent.futures import Future
+
+    from vllm_nbdiff.compat import Thoughts
+
+    rng, end, answer = Random(seed), 7, [1, 2, 7, 3]
+    thoughts = [rng.randint(1, 6) for _ in range(rng.randint(0, 4))]
+    text = [*thoughts, end, *answer]
+    grammar: Any = Future()
+    grammar.set_result((Grammar(answer), None))
+    parsed: Any = Parsed(end)
+    matcher, final = Matcher(grammar, 3, set(), Thoughts(parsed, [9, end, 9])), 0
+    while final < len(text):
+        for token in text[final : final + rng.randint(0, 5)]:
+            assert matcher.accepts(token)
+        if not matcher.thinks and not matcher.has_ended:
+            assert not matcher.accepts(99)
+        grown = rng.randint(0, 2)
+        matcher.follow(text[final : final + grown])
+        final = min(final + grown, len(text))
+        assert matcher.position == 3 + final
+        assert matcher.thinks == (final <= len(thoughts))
+        assert matcher.has_ended == (final == len(text))
