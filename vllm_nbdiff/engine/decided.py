@@ -26,8 +26,10 @@ class NBDiffSampler:
     `GPUModelRunner._dummy_sampler_run` (vllm/v1/worker/gpu/model_runner.py).
     """
 
-    def __init__(self, loop: ForwardLoop, compute_nans: bool) -> None:
+    def __init__(self, loop: ForwardLoop, compute_nans: bool, most_rows: int = 0) -> None:
+        """With rows of logits that a forward may have, for vLLM's memory profile."""
         self.loop = loop
+        self.most_rows = most_rows
         self.compute_nans = compute_nans
         # The runner updates this table of [max_num_reqs, V] when it exists; penalties are computed
         # here from the tokens themselves.
@@ -42,6 +44,8 @@ class NBDiffSampler:
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Decide the forward, given the logits [n, V] of its needed rows, and run what follows."""
         if input_batch.num_draft_tokens_per_req is None:  # a dummy batch
+            # It has a row for each request, and its peak is what the KV cache leaves free.
+            logits.new_empty((self.most_rows, logits.shape[1]))
             none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=logits.device)
             return SamplerOutput(none[:, None].long(), None, None, none, none)
         decoder = self.loop.decoder

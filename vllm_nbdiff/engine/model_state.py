@@ -125,7 +125,8 @@ class NBDiffModelState(ModelState):
         seconds = _SECONDS_PER_SCHEDULE if alone else math.inf
         self.adapters = self._make_adapters(slots)
         self.loop = ForwardLoop(self._model, decoder, auto, steps, seconds, self.adapters)
-        return NBDiffSampler(self.loop, sampler.compute_nans), None
+        most_rows = slots * config.most_rows if config.static_shapes else 0
+        return NBDiffSampler(self.loop, sampler.compute_nans, most_rows), None
 
     def _make_adapters(self, slots: int) -> AdapterTable | None:
         """Where the server has LoRA adapters."""
