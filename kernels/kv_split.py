@@ -23,6 +23,7 @@ def multiprocessor_count(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
 def choose_kv_splits(num_programs: int, max_kv_len: int, num_processors: int) -> int:
     """Parts per segment that fill the processors' last wave, from host-known sizes only.
 

@@ -182,6 +182,7 @@ def segment_attention(
     max_query_len: int | None = None,
     max_kv_len: int | None = None,
     num_kv_splits: int | None = None,
+    likely_segments: int | None = None,
     out: Tensor | None = None,
     kv_scales: KVScales | None = None,
     check_values: bool | None = None,
@@ -201,6 +202,8 @@ def segment_attention(
         max_query_len: upper bound of rows per segment (default num_tokens); picks the tile.
         max_kv_len: upper bound of kv_len in tokens (default the page table's capacity).
         num_kv_splits: parts the keys are cut into (default: enough to fill the GPU).
+        likely_segments: segments with rows, where that is known to be fewer than all; the number of
+            parts is chosen for them.
         out: like q; allocated when None. Rows at and after `query_start[-1]` are not written.
         kv_scales: factors of an fp8 cache.
         check_values: read the table back and check it (a device synchronisation); None checks on
@@ -225,7 +228,8 @@ def segment_attention(
     query_blocks = num_tokens // block_q + segments.num_segments
     if num_kv_splits is None:
         # Blocks that find rows to work on, at most; the rest of the grid leaves at once.
-        busy = min(query_blocks, segments.num_segments * triton.cdiv(most_rows, block_q))
+        likely = likely_segments or segments.num_segments
+        busy = min(query_blocks, likely * triton.cdiv(most_rows, block_q))
         bound = max_kv_len or segments.page_table.shape[1] * page_size
         processors = multiprocessor_count(q.device)
         num_kv_splits = choose_kv_splits(busy * num_kv_heads, bound, processors)

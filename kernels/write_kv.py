@@ -10,15 +10,18 @@ from .kv_scales import KVScales, check_kv_scales, to_fp8, to_fp8_reference
 from .validation import FLOAT_DTYPES, require, require_tensor, values_are_checked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _write_kv_kernel(  # type: ignore[no-untyped-def]
     key_ptr,
     value_ptr,
     k_cache_ptr,
     v_cache_ptr,
     slot_ptr,
+    copy_row_ptr,
+    copy_slot_ptr,
     k_scale_ptr,
     v_scale_ptr,
+    num_tokens,
     num_kv_heads,
     stride_key_token,
     stride_key_head,
@@ -37,9 +40,12 @@ def _write_kv_kernel(  # type: ignore[no-untyped-def]
     HAS_KV_SCALES: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_ptr + token)
+    copy = token - num_tokens
+    slot = tl.load(slot_ptr + token, mask=copy < 0, other=-1)
+    slot = tl.where(copy < 0, slot, tl.load(copy_slot_ptr + copy, mask=copy >= 0, other=-1))
     if slot < 0:
         return
+    token = tl.where(copy < 0, token, tl.load(copy_row_ptr + copy, mask=copy >= 0, other=0))
     page = slot // PAGE_SIZE
     offset = slot % PAGE_SIZE
     head = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]
@@ -67,6 +73,7 @@ def _validate(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    copies: tuple[Tensor, Tensor] | None,
     kv_scales: KVScales | None,
     check_values: bool | None,
 ) -> None:
@@ -78,10 +85,16 @@ def _validate(
     require_tensor("k_cache", k_cache, (None, None, heads, head_dim), (dtype,), device)
     require_tensor("v_cache", v_cache, tuple(k_cache.shape), (dtype,), device)
     require_tensor("slot_mapping", slot_mapping, (key.shape[0],), (torch.int64,), device)
+    rows, more = copies or (slot_mapping[:0], slot_mapping[:0])
+    require_tensor("copies", rows, (more.shape[0],), (torch.int64,), device)
+    require_tensor("copies", more, (rows.shape[0],), (torch.int64,), device)
     if values_are_checked(check_values, device):
         slots = k_cache.shape[0] * k_cache.shape[1]
-        valid = bool(((slot_mapping >= -1) & (slot_mapping < slots)).all())
-        require(valid, "slot_mapping", f"slot outside [-1, {slots})")
+        for argument, given in (("slot_mapping", slot_mapping), ("copies", more)):
+            valid = bool(((given >= -1) & (given < slots)).all())
+            require(valid, argument, f"slot outside [-1, {slots})")
+        valid = bool(((rows >= 0) & (rows < key.shape[0])).all())
+        require(valid, "copies", f"row outside [0, {key.shape[0]})")
 
 
 def write_kv(
@@ -91,6 +104,7 @@ def write_kv(
     v_cache: Tensor,
     slot_mapping: Tensor,
     *,
+    copies: tuple[Tensor, Tensor] | None = None,
     kv_scales: KVScales | None = None,
     check_values: bool | None = None,
 ) -> None:
@@ -101,24 +115,30 @@ def write_kv(
         k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], any strides with a
             contiguous last dimension, same dtype or, with `kv_scales`, fp8 e4m3; written in place.
         slot_mapping: [num_tokens] int64, page * page_size + offset, or -1.
+        copies: [n] int64 each: rows of key and value that are stored once more, and the slots, or
+            -1. In the same launch, so that a graph can be captured that makes any number of them.
         kv_scales: an fp8 cache takes key and value divided by them, at most 448 in magnitude.
-        check_values: read slot_mapping back and check its range (a device synchronisation);
+        check_values: read rows and slots back and check their range (a device synchronisation);
             None checks on CPU only.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
     """
-    _validate(key, value, k_cache, v_cache, slot_mapping, kv_scales, check_values)
+    _validate(key, value, k_cache, v_cache, slot_mapping, copies, kv_scales, check_values)
     num_tokens, num_kv_heads, head_dim = key.shape
     if num_tokens == 0:
         return
-    _write_kv_kernel[(num_tokens,)](
+    rows, slots = copies or (slot_mapping[:0], slot_mapping[:0])
+    _write_kv_kernel[(num_tokens + len(rows),)](
         key,
         value,
         k_cache,
         v_cache,
         slot_mapping,
+        rows,
+        slots,
         *(kv_scales or (key, key)),  # not read unless HAS_KV_SCALES
+        num_tokens,
         num_kv_heads,
         *key.stride()[:2],
         *value.stride()[:2],
@@ -139,9 +159,13 @@ def write_kv_reference(
     v_cache: Tensor,
     slot_mapping: Tensor,
     *,
+    copies: tuple[Tensor, Tensor] | None = None,
     kv_scales: KVScales | None = None,
 ) -> None:
     """Plain PyTorch `write_kv`."""
+    if copies is not None:
+        key, value = (torch.cat([own, own[copies[0]]]) for own in (key, value))
+        slot_mapping = torch.cat([slot_mapping, copies[1]])
     if kv_scales is not None:
         key, value = to_fp8_reference(key, kv_scales.key), to_fp8_reference(value, kv_scales.value)
     kept = slot_mapping >= 0

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.config.compilation import CUDAGraphMode
+from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -31,10 +31,12 @@ def start(
     selected = None if backend is None else AttentionBackendEnum[backend]
     vllm_config = SimpleNamespace(
         attention_config=SimpleNamespace(backend=selected),
-        compilation_config=SimpleNamespace(cudagraph_mode=graphs),
+        compilation_config=CompilationConfig(cudagraph_mode=graphs),
+        scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=1024),
     )
     engine = EngineOptions(**options)
-    config: Any = SimpleNamespace(engine=engine, static_shapes=engine.static_shapes is not False)
+    static = engine.static_shapes is not False
+    config: Any = SimpleNamespace(engine=engine, static_shapes=static, most_rows=32)
     startup.set_platform_defaults(vllm_config, config)
     return getattr(vllm_config.attention_config.backend, "name", "none")
 

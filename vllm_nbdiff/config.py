@@ -46,6 +46,12 @@ class BlockDiffusionConfig:
         """Whether the shapes of a forward do not depend on data, as CUDA graphs need."""
         return _static_shapes(self.engine)
 
+    @property
+    def most_rows(self) -> int:
+        """Rows that the widest canvas of a request has at least, where a schedule is one forward,
+        or tokens that it may emit."""
+        return self.block_length + (self.family.known_rows if self.static_shapes else 0)
+
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> BlockDiffusionConfig:
         """Read and check every setting. Raises ValueError naming the key and the fix."""

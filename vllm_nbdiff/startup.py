@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.graphs import refuse_graphs, set_capture_sizes
 from vllm_nbdiff.names import ATTENTION_BACKEND, LOGGER, SCHEDULER
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class NBDiffConfigHook:
             max_denoising_steps=canvas.max_denoising_steps if canvas is not None else None,
         )
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-        _fit_blocks(vllm_config.scheduler_config, config.block_length)
+        _fit_blocks(vllm_config.scheduler_config, config.block_length, config.most_rows)
         if config.family.block_causal:
             _fit_pages(vllm_config, config.block_length)
         set_platform_defaults(vllm_config, config)
@@ -76,8 +77,9 @@ def _set_end_of_thinking(vllm_config: VllmConfig, vocab_size: int) -> None:
     vllm_config.reasoning_config = compat.reasoning_config(token)
 
 
-def _fit_blocks(scheduler: SchedulerConfig, block_length: int) -> None:
-    """Make sure that a step can hold a whole block of every sequence; lowers `max_num_seqs`."""
+def _fit_blocks(scheduler: SchedulerConfig, block_length: int, rows: int) -> None:
+    """Make sure that a step can hold a whole block of every sequence, which is `rows` tokens of a
+    schedule; lowers `max_num_seqs`."""
     from vllm.logger import init_logger
 
     if scheduler.max_num_batched_tokens < block_length:
@@ -91,15 +93,15 @@ def _fit_blocks(scheduler: SchedulerConfig, block_length: int) -> None:
             f"split blocks: it must be 0 or at least block_length={block_length}"
         )
     budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-    fits = max(budget // block_length, 1)
+    fits = max(budget // rows, 1)
     if scheduler.max_num_seqs > fits:
         init_logger(LOGGER).info(
             "max_num_seqs lowered from %d to %d: max_num_batched_tokens (%d) must hold a whole "
-            "block of %d tokens for every sequence",
+            "block, %d tokens, for every sequence",
             scheduler.max_num_seqs,
             fits,
             scheduler.max_num_batched_tokens,
-            block_length,
+            rows,
         )
         scheduler.max_num_seqs = fits
 
@@ -183,6 +185,7 @@ def set_platform_defaults(vllm_config: Any, config: BlockDiffusionConfig) -> Non
         backend = AttentionBackendEnum.CPU_ATTN
     else:
         _refuse_on_cuda(vllm_config, config)
+        set_capture_sizes(vllm_config, config.most_rows)
         _select_cuda_attention(vllm_config)
         backend = vllm_config.attention_config.backend
     if config.engine.attention_kernel is not None and backend.get_path() != ATTENTION_BACKEND:
@@ -203,15 +206,9 @@ def _refuse_on_cpu(vllm_config: Any) -> None:
 
 def _refuse_on_cuda(vllm_config: Any, config: BlockDiffusionConfig) -> None:
     """Raise ValueError for what a forward with a GPU's shapes cannot do."""
-    from vllm.config.compilation import CUDAGraphMode
-
     if not config.static_shapes:
         raise ValueError("--additional-config: nbdiff.static_shapes=false needs a CPU")
-    if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
-        raise ValueError(
-            "--compilation-config: cudagraph_mode=FULL captures one segment a request also where "
-            "prompts are mixed in; use FULL_AND_PIECEWISE, FULL_DECODE_ONLY or PIECEWISE"
-        )
+    refuse_graphs(vllm_config)
 
 
 def _keep_float32_on_cpu(vllm_config: Any) -> None:

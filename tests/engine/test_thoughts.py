@@ -2,12 +2,15 @@
 """Structured output of a model that thinks first: the grammar is that of its answer."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from random import Random
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.parser.engine.adapters import ParserEngineReasoningAdapter
+from vllm.parser.engine.parser_engine import ReasoningEnd
 
 from tests import reasoning_parser
 from tests.conftest import counter, in_process
@@ -22,6 +25,7 @@ from tests.engine.test_grammars import (
     generate,
     params,
 )
+from vllm_nbdiff.compat import Thoughts
 from vllm_nbdiff.engine.matcher import Matcher
 
 PARSER = {
@@ -166,10 +170,6 @@ class Parsed:
 @pytest.mark.parametrize("seed", range(20))
 def test_back_to_the_final_text(seed: int) -> None:
     """However far it walks on and back, a matcher is where the final text ends."""
-    from concurrent.futures import Future
-
-    from vllm_nbdiff.compat import Thoughts
-
     rng, end, answer = Random(seed), 7, [1, 2, 7, 3]
     thoughts = [rng.randint(1, 6) for _ in range(rng.randint(0, 4))]
     text = [*thoughts, end, *answer]
@@ -188,3 +188,40 @@ def test_back_to_the_final_text(seed: int) -> None:
         assert matcher.position == 3 + final
         assert matcher.thinks == (final <= len(thoughts))
         assert matcher.has_ended == (final == len(text))
+
+
+class EngineParsed(ParserEngineReasoningAdapter):
+    """One of vLLM's own kind: 7 ends thinking, 8 too and begins the answer."""
+
+    def __init__(self) -> None:
+        """Without a tokenizer."""
+
+    def find_reasoning_end(self, token_ids: Sequence[int]) -> ReasoningEnd:
+        for offset, token in enumerate(token_ids):
+            if token in (7, 8):
+                return ReasoningEnd(offset, token == 8)
+        return ReasoningEnd(len(token_ids), False)
+
+
+@pytest.mark.parametrize(("end", "answer"), [(7, [1, 2]), (8, [8, 2])])
+def test_an_answer_may_begin_with_the_end_of_thinking(end: int, answer: list[int]) -> None:
+    """As a call of a tool does, which the grammar then takes too."""
+    grammar: Any = Future()
+    grammar.set_result((Grammar(answer), None))
+    matcher = Matcher(grammar, 0, set(), Thoughts(EngineParsed(), []))
+    for token in (3, 4, end):
+        assert matcher.thinks
+        assert matcher.accepts(token)
+    assert not matcher.thinks
+    rest = answer[1:] if end == 8 else answer
+    assert not matcher.accepts(99) and all(map(matcher.accepts, rest)) and matcher.has_ended
+    matcher.follow([3, 4])
+    assert matcher.thinks and matcher.accepts(end) and matcher.accepts(rest[0])
+
+
+def test_an_end_of_thinking_that_the_grammar_refuses() -> None:
+    """It does not fit, and leaves the matcher where it was."""
+    grammar: Any = Future()
+    grammar.set_result((Grammar([1]), None))
+    matcher = Matcher(grammar, 0, set(), Thoughts(EngineParsed(), []))
+    assert not matcher.accepts(8) and matcher.thinks and matcher.accepts(7) and matcher.accepts(1)

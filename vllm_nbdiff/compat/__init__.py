@@ -15,6 +15,7 @@ from vllm_nbdiff.compat.front_end import (
     validate_before_streaming,
 )
 from vllm_nbdiff.compat.grammars import GrammarCompiler, name_backend, share_compiler
+from vllm_nbdiff.compat.graphs import capture_any_decode, uses_own_attention
 from vllm_nbdiff.compat.lora import map_rows_of_adapters
 from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
 from vllm_nbdiff.compat.scheduler import allocate_own_lookahead, leave_ends_uncached
@@ -40,6 +41,7 @@ __all__ = [
     "add_counts",
     "allocate_own_lookahead",
     "apply_patches",
+    "capture_any_decode",
     "carry_counts",
     "counts_of",
     "ignore_grammar_of_warm_up",
@@ -54,6 +56,7 @@ __all__ = [
     "register_cpu_kernels",
     "share_compiler",
     "thoughts_of",
+    "uses_own_attention",
     "write_more_kv",
 ]
 

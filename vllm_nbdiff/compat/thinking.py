@@ -55,7 +55,11 @@ class Thoughts:
     """
 
     def __init__(self, parser: ReasoningParser, prompt: list[int]) -> None:
+        from vllm.parser.engine.adapters import ParserEngineReasoningAdapter
+
         self._parser = parser
+        # It tells which ends of thinking are of the answer.
+        self._engine = parser if isinstance(parser, ParserEngineReasoningAdapter) else None
         self._tokens = list(prompt)
         self._thought: int | None = None  # tokens, once thinking has ended
 
@@ -79,14 +83,11 @@ class Thoughts:
             self._thought = None
 
     def _ends(self, token: int) -> tuple[bool, bool]:
-        from vllm.parser.engine.adapters import ParserEngineReasoningAdapter
-
-        parser = self._parser
-        if isinstance(parser, ParserEngineReasoningAdapter) and parser.reasoning_end_token_ids:
-            end = parser.find_reasoning_end([token])
-            if end is not None:
-                return True, end.implicit
-        return parser.is_reasoning_end_streaming(self._tokens, [token]), False
+        found = None if self._engine is None else self._engine.find_reasoning_end([token])
+        if found is not None:
+            ends = found.offset == 0  # else it lies behind what was asked about
+            return ends, ends and found.implicit
+        return self._parser.is_reasoning_end_streaming(self._tokens, [token]), False
 
 
 def thoughts_of(

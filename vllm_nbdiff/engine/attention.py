@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
 from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.engine.kv_copies import KVCopies
 from vllm_nbdiff.kernels.kv_scales import FP8, KVScales
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
@@ -43,6 +45,8 @@ class SegmentMetadata:
     num_tokens: int
     max_query_len: int
     max_kv_len: int
+    likely_segments: int | None = None
+    """With rows, of a captured graph, which has more segments than most steps; None: all."""
 
 
 class SegmentMetadataBuilder(AttentionMetadataBuilder[SegmentMetadata]):
@@ -88,6 +92,15 @@ class SegmentMetadataBuilder(AttentionMetadataBuilder[SegmentMetadata]):
             max_kv_len=common.max_seq_len,
         )
 
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SegmentMetadata:
+        """Keys are split for steps whose segments are as long as they may be: the fewest."""
+        common = common_attn_metadata
+        metadata = self.build(0, common)
+        metadata.likely_segments = -(-common.num_actual_tokens // common.max_query_len)
+        return metadata
+
 
 class SegmentAttentionBackend(AttentionBackend):
     """Attention of segments over vLLM's paged KV cache."""
@@ -124,6 +137,9 @@ class SegmentAttentionBackend(AttentionBackend):
 
 class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
     """One layer's attention."""
+
+    copies: KVCopies | None = None
+    """Rows whose KV is written once more; None: no model state asks for it."""
 
     def __init__(
         self,
@@ -184,11 +200,12 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
             query[:count],
             *self._split(kv_cache),
             attn_metadata.segments,
-            self.scale,
-            attn_metadata.max_query_len,
-            attn_metadata.max_kv_len,
-            output[:count],
-            self._scales(layer),
+            scale=self.scale,
+            max_query_len=attn_metadata.max_query_len,
+            max_kv_len=attn_metadata.max_kv_len,
+            likely_segments=attn_metadata.likely_segments,
+            out=output[:count],
+            kv_scales=self._scales(layer),
         )
         return output
 
@@ -200,10 +217,15 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write key and value [T, kv_heads, head_size] of rows whose slot is not -1."""
+        """Write key and value [T, kv_heads, head_size] of rows whose slot is not -1, and copies."""
         count = len(slot_mapping)
         self._write(
-            key[:count], value[:count], *self._split(kv_cache), slot_mapping, self._scales(layer)
+            key[:count],
+            value[:count],
+            *self._split(kv_cache),
+            slot_mapping,
+            copies=self.copies and self.copies.given,
+            kv_scales=self._scales(layer),
         )
 
     def _scales(self, layer: AttentionLayer) -> KVScales | None:
@@ -221,52 +243,16 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
         return keys, values
 
 
-Attend = Callable[..., None]
-
-
-def _triton_attend(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    segments: SegmentTable,
-    scale: float,
-    max_query_len: int,
-    max_kv_len: int,
-    out: torch.Tensor,
-    kv_scales: KVScales | None,
-) -> None:
-    segment_attention(
-        q,
-        k_cache,
-        v_cache,
-        segments,
-        scale=scale,
-        max_query_len=max_query_len,
-        max_kv_len=max_kv_len,
-        out=out,
-        kv_scales=kv_scales,
-        check_values=False,
-    )
-
-
-def _triton_write(*tensors: Any) -> None:
-    write_kv(*tensors[:-1], kv_scales=tensors[-1], check_values=False)
-
-
-def _torch_write(*tensors: Any) -> None:
-    write_kv_reference(*tensors[:-1], kv_scales=tensors[-1])
-
-
 def _torch_attend(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     segments: SegmentTable,
+    *,
     scale: float,
-    max_query_len: int,
-    max_kv_len: int,
     out: torch.Tensor,
     kv_scales: KVScales | None,
+    **bounds: int | None,
 ) -> None:
     found = segment_attention_reference(
         q,
@@ -280,8 +266,11 @@ def _torch_attend(
     out.copy_(found)
 
 
-KERNELS: dict[str, tuple[Attend, Callable[..., None]]] = {
-    "triton": (_triton_attend, _triton_write),
-    "torch": (_torch_attend, _torch_write),
+KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+    "triton": (
+        partial(segment_attention, check_values=False),
+        partial(write_kv, check_values=False),
+    ),
+    "torch": (_torch_attend, write_kv_reference),
 }
 """By `nbdiff.attention_kernel`: attention and KV write."""

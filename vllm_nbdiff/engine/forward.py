@@ -30,6 +30,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_nbdiff.decoding.plan import Batch, Facts, Plan
 from vllm_nbdiff.decoding.rows import TokenRows, token_rows
 from vllm_nbdiff.decoding.segments import Segments
+from vllm_nbdiff.engine.graph_segments import GraphBuffers, SegmentArrays
 from vllm_nbdiff.engine.kv_copies import KVCopies, copied_pages, copied_rows
 
 
@@ -68,9 +69,8 @@ class PagedBatch:
     slot_mappings: Tensor
     kv_cache_config: KVCacheConfig
     vllm_config: VllmConfig
-    causal: Tensor  # [requests] int32, the same memory in every schedule: CUDA graphs read it
-    is_graph: bool  # the forward is a replayed graph, whose padding takes part
     copies: KVCopies  # rows whose KV is written to other slots too
+    graph: GraphBuffers | None  # what a full graph reads, whose padding takes part; None: no graph
 
     def __post_init__(self) -> None:
         groups = self.kv_cache_config.kv_cache_groups
@@ -79,6 +79,19 @@ class PagedBatch:
         layers = self.vllm_config.compilation_config.static_forward_context
         self._kv_caches = [layers[name].kv_cache for name in groups[0].layer_names]
         self._previous: Forward | None = None
+
+    @property
+    def most_segments(self) -> int | None:
+        """Segments that each request may have; None: any number."""
+        if self.graph is None:
+            return None
+        return self._room() // self.input_batch.num_reqs if self.graph.several else 1
+
+    def _room(self) -> int:
+        """Segments of the captured graph."""
+        assert self.graph is not None
+        runner = self.input_batch
+        return self.graph.room(runner.num_tokens_after_padding, runner.num_reqs_after_padding)
 
     def forward(self, plan: Plan, batch: Batch, facts: Facts) -> Forward | None:
         """A forward over as many rows as the plan has; None without any."""
@@ -121,24 +134,19 @@ class PagedBatch:
             rows.valid, self._slots(segments, rows), PAD_SLOT_ID
         )
         self._copy(plan, facts, starts[:count])
-        if facts.exclusive:
-            reads = segments.causal[:, 0]
-            # Padding follows a request's rows, and would see more than they do.
-            last = segments.first[:, 0] + starts[1 : count + 1] - starts[:count]
-            runner.seq_lens[:count] = torch.where(reads, last, segments.kv_length[:, 0])
-            self.causal[:count] = reads
-            return self.of_runner(most)
         begins = segments.length.cumsum(1) - segments.length + starts[:count, None]
         begins = torch.cat([begins.flatten(), starts[count : count + 1]]).int()
-        return self._metadata(
-            begins,
-            segments.kv_length.flatten().int(),
-            segments.causal.flatten().int(),
-            self._segment_tables(segments, facts).flatten(0, 1),
-            self.slot_mappings,
-            self._most_rows(segments, facts),
-            most,
-        )
+        # Padding follows a request's rows, and must not shift what causal ones see.
+        last = segments.first.flatten() + begins.diff()
+        kv_length = torch.where(segments.causal.flatten(), last, segments.kv_length.flatten())
+        tables = self._segment_tables(segments, facts).flatten(0, 1)
+        arrays = SegmentArrays(begins, kv_length.int(), segments.causal.flatten().int(), tables)
+        if self.graph is None:
+            return self._metadata(
+                arrays, self.slot_mappings, self._most_rows(segments, facts), most
+            )
+        self.graph.write(arrays)
+        return self.of_graph(most)
 
     def _most_rows(self, segments: Segments, facts: Facts) -> int:
         """Bound of a segment's rows, the padding behind the last one of a request included."""
@@ -147,7 +155,7 @@ class PagedBatch:
         return min(most, 2 * segments.tokens.shape[2]) if facts.blocks > 1 else most
 
     def of_runner(self, most: int) -> dict[str, Any]:
-        """Attention metadata of a segment a request, in the runner's buffers.
+        """Attention metadata of a causal segment a request, in the runner's buffers.
 
         Args:
             most: bound of the KV lengths.
@@ -155,15 +163,25 @@ class PagedBatch:
         runner = self.input_batch
         padded = len(runner.seq_lens)
         longest = runner.max_query_len or int(runner.num_scheduled_tokens.max())
-        return self._metadata(
+        arrays = SegmentArrays(
             runner.query_start_loc,
             runner.seq_lens,
-            self.causal[:padded],
+            torch.ones_like(runner.seq_lens),
             self.block_tables[0][:padded],
-            self.slot_mappings,
-            longest,
-            most,
         )
+        return self._metadata(arrays, self.slot_mappings, longest, most)
+
+    def of_graph(self, most: int) -> dict[str, Any]:
+        """Attention metadata of a captured graph, of which a replay reads what is at its addresses.
+
+        Args:
+            most: bound of the KV lengths.
+        """
+        assert self.graph is not None
+        runner = self.input_batch
+        self.copies.set(*self.graph.copies(self._room()))
+        longest = min(runner.num_tokens_after_padding, self.graph.block_length)
+        return self._metadata(self.graph.segments(self._room()), self.slot_mappings, longest, most)
 
     def heal(self, requests: Tensor) -> None:
         """Make finite what the pages of `requests` [n] int64 hold, whose next owner reads around
@@ -194,6 +212,8 @@ class PagedBatch:
         """Give canvases that have pages of their own the text before them on the first of these;
         rows of a request are those from `begin` [B] on."""
         self.copies.clear()
+        if self.graph is not None:
+            self.graph.clear_copies()
         if not (facts.versions or facts.fan_out):
             return
         table = self.block_tables[0][: len(begin)].long()
@@ -202,7 +222,11 @@ class PagedBatch:
             for cache in self._kv_caches:
                 cache[target] = cache[source]
         if facts.fan_out:
-            self.copies.set(*copied_rows(plan, table, self.page_size, begin, facts.static))
+            rows = copied_rows(plan, table, self.page_size, begin, facts.static)
+            if self.graph is None:
+                self.copies.set(*rows)
+            else:
+                self.graph.write_copies(*rows)
 
     def _segment_tables(self, segments: Segments, facts: Facts) -> Tensor:
         """Page-table row of every segment, [B, S, pages] int32."""
@@ -223,35 +247,25 @@ class PagedBatch:
         kv_length = segments.kv_length.flatten()[used].int()
         starts = torch.zeros(len(length) + 1, dtype=torch.int32)
         starts[1:] = length.cumsum(0)
-        return self._metadata(
-            starts,
-            kv_length,
-            segments.causal.flatten()[used].int(),
-            self._segment_tables(segments, facts)[owner, place],
-            slots,
-            int(length.max()),
-            int(kv_length.max()),
-        )
+        causal = segments.causal.flatten()[used].int()
+        tables = self._segment_tables(segments, facts)[owner, place]
+        arrays = SegmentArrays(starts, kv_length, causal, tables)
+        return self._metadata(arrays, slots, int(length.max()), int(kv_length.max()))
 
     def _metadata(
-        self,
-        starts: Tensor,
-        kv_length: Tensor,
-        causal: Tensor,
-        tables: Tensor,
-        slots: Tensor,
-        longest: int,
-        most: int,
+        self, arrays: SegmentArrays, slots: Tensor, longest: int, most: int
     ) -> dict[str, Any]:
-        """vLLM's metadata of segments: [S + 1], [S], [S], [S, pages], [1, T] int.
+        """vLLM's metadata of segments.
 
         Args:
+            slots: [1, T] int64.
             longest: bound of their rows.
             most: bound of their KV lengths.
         """
-        runner, on_host = self.input_batch, starts.device.type == "cpu"
+        runner, (starts, kv_length, causal, tables) = self.input_batch, arrays
+        on_host = starts.device.type == "cpu"
         num_tokens = runner.num_tokens if slots is self.slot_mappings else slots.shape[1]
-        if self.is_graph:
+        if self.graph is not None:
             num_tokens = runner.num_tokens_after_padding
         return build_attn_metadata(
             attn_groups=self.attn_groups,
@@ -267,6 +281,7 @@ class PagedBatch:
             kv_cache_config=self.kv_cache_config,
             seq_lens_cpu_upper_bound=kv_length if on_host else runner.seq_lens_cpu_upper_bound,
             is_prefilling=torch.zeros(len(kv_length), dtype=torch.bool),
+            for_cudagraph_capture=self.graph is not None and self.graph.several,
             causal=causal,
         )
 

@@ -71,20 +71,22 @@ class KVCopies:
     """The copies of the coming forward."""
 
     def __init__(self) -> None:
-        self._rows: Tensor | None = None
-        self._slots: Tensor | None = None
+        self.given: tuple[Tensor, Tensor] | None = None
+        """Rows [n] int64 whose KV is written to slots [n] int64 as well, or to none: -1. None:
+        nothing is copied."""
 
     def set(self, rows: Tensor, slots: Tensor) -> None:
-        """Write KV of `rows` [n] int64 to `slots` [n] int64 as well; slot -1: to none."""
-        self._rows, self._slots = (rows, slots) if len(rows) else (None, None)
+        """Write KV of `rows` [n] int64 to `slots` [n] int64 as well."""
+        self.given = (rows, slots) if len(rows) else None
 
     def clear(self) -> None:
         """Of this forward nothing is copied."""
-        self._rows = self._slots = None
+        self.given = None
 
     def write(
         self, update: Callable[..., None], layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor
     ) -> None:
         """Have vLLM's `update` write what of key and value [T, kv_heads, head_size] is copied."""
-        if self._rows is not None:
-            update(layer, key[self._rows], value[self._rows], kv_cache, self._slots)
+        if self.given is not None:
+            rows, slots = self.given
+            update(layer, key[rows], value[rows], kv_cache, slots)

@@ -56,9 +56,8 @@ def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: 
     if config.static_shapes:
         width = _canvas_width(options, config)
         parts = 1 + num_drafts(options, config, limit) + fits_next_block(options, config, limit)
-        # A known token and the canvas behind it, of which a family that shifts needs a row less.
-        behind = int(options.break_points > 0 and not config.family.shifts)
-        least = min(width * parts + behind, limit)
+        known = config.family.known_rows if options.break_points else 0
+        least = min(width * parts + known, limit)
         return Share(least, least * max(min(1 + options.break_points, limit // least), 1))
     if options.mode == "diffusion":
         return Share(options.block_length, options.block_length)

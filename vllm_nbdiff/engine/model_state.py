@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.interface import ModelState
-from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -26,12 +24,14 @@ from vllm_nbdiff import compat
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.decoding.canvas import CanvasTable
 from vllm_nbdiff.engine.adapters import AdapterTable
+from vllm_nbdiff.engine.attention import SegmentAttentionImpl
 from vllm_nbdiff.engine.auto import AutoDrafts
 from vllm_nbdiff.engine.constraints import ConstraintTable
-from vllm_nbdiff.engine.counts import CountedOutput, count_nans
+from vllm_nbdiff.engine.decided import NBDiffSampler
 from vllm_nbdiff.engine.decoder import Decoder
 from vllm_nbdiff.engine.forward import PagedBatch
 from vllm_nbdiff.engine.grammars import GrammarTable
+from vllm_nbdiff.engine.graph_segments import GraphBuffers
 from vllm_nbdiff.engine.kv_copies import KVCopies
 from vllm_nbdiff.engine.logprobs import LogprobTable
 from vllm_nbdiff.engine.lookahead import lookahead_tokens, row_limit
@@ -41,6 +41,7 @@ from vllm_nbdiff.engine.ranks import alone, of_first_rank
 from vllm_nbdiff.engine.sampler import RowSampler
 from vllm_nbdiff.engine.schedule import ScheduleReader
 from vllm_nbdiff.engine.step_map import StepTable
+from vllm_nbdiff.graphs import refuse_graphs
 
 _CPU_STEPS_PER_SCHEDULE = 16
 _SECONDS_PER_SCHEDULE = 0.1
@@ -63,6 +64,7 @@ class NBDiffModelState(ModelState):
     ) -> None:
         compat.register_cpu_kernels()
         compat.carry_counts()
+        compat.capture_any_decode()
         compat.ignore_grammar_of_warm_up()
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config = BlockDiffusionConfig.from_vllm_config(vllm_config)
@@ -72,7 +74,7 @@ class NBDiffModelState(ModelState):
         self._row_limit = row_limit(vllm_config, self.config)
         self._lookahead = np.zeros(self.max_num_reqs + 1, np.int64)
         self._copies = KVCopies()
-        self._causal = torch.ones(self.max_num_reqs + 1, dtype=torch.int32, device=device)
+        self._graph: GraphBuffers | None = None
 
     def _steps_per_schedule(self) -> int:
         if self.vllm_config.kv_transfer_config is not None or self.config.static_shapes:
@@ -126,7 +128,8 @@ class NBDiffModelState(ModelState):
         auto = AutoDrafts(self.options, steps, config.static_shapes, agree)
         self.adapters = self._make_adapters(slots)
         self.loop = ForwardLoop(self._model, decoder, auto, steps, seconds, self.adapters)
-        return NBDiffSampler(self.loop, sampler.compute_nans), None
+        most_rows = slots * config.most_rows if config.static_shapes else 0
+        return NBDiffSampler(self.loop, sampler.compute_nans, most_rows), None
 
     def _make_adapters(self, slots: int) -> AdapterTable | None:
         """Where the server has LoRA adapters."""
@@ -184,9 +187,33 @@ class NBDiffModelState(ModelState):
         """Called when all is loaded, before graphs are captured."""
         group = kv_cache_config.kv_cache_groups[0]
         self._page_size = group.kv_cache_spec.block_size
-        if not self.config.family.block_causal:
-            layers = self.vllm_config.compilation_config.static_forward_context
-            compat.write_more_kv(map(layers.get, group.layer_names), self._copies.write)
+        causal = not self.config.family.block_causal
+        if causal:
+            self._copy_kv(group.layer_names)
+        if not self.config.static_shapes:
+            return
+        scheduler, block = self.vllm_config.scheduler_config, self.config.block_length
+        self._graph = GraphBuffers(
+            scheduler.max_num_batched_tokens,
+            self.max_num_reqs,
+            block_tables.input_block_tables[0].shape[1],
+            block,
+            self.device,
+            several=compat.uses_own_attention(self.vllm_config),
+            copies_per_segment=min(self._page_size - 1, block) if causal else 0,
+        )
+
+    def _copy_kv(self, layer_names: list[str]) -> None:
+        """Have these layers write what is copied."""
+        refuse_graphs(self.vllm_config)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        others = []
+        for layer in (layers[name] for name in layer_names):
+            if isinstance(layer.impl, SegmentAttentionImpl):
+                layer.impl.copies = self._copies
+            else:
+                others.append(layer)
+        compat.write_more_kv(others, self._copies.write)
 
     def prepare_inputs_embeds(
         self,
@@ -228,65 +255,15 @@ class NBDiffModelState(ModelState):
             slot_mappings,
             kv_cache_config,
             self.vllm_config,
-            self._causal,
-            cudagraph_mode == CUDAGraphMode.FULL,
             self._copies,
+            self._graph if for_capture or cudagraph_mode == CUDAGraphMode.FULL else None,
         )
         if input_batch.num_draft_tokens_per_req is None:  # a dummy batch
-            self._causal.fill_(1)
+            if paged.graph is not None:
+                paged.graph.clear()
+                return paged.of_graph(self.max_model_len)
             self._copies.clear()
             return paged.of_runner(self.max_model_len)
         self.options.upload()
-        schedule = self.reader.read(input_batch, paged.page_size, paged.is_graph)
+        schedule = self.reader.read(input_batch, paged.page_size, paged.most_segments)
         return self.loop.begin(schedule, paged)
-
-
-class NBDiffSampler:
-    """Stands in for vLLM's `Sampler` in model runner V2.
-
-    It reports, per request, the tokens whose KV is final or that end it; of the canvas that was
-    scheduled the rest counts as rejected.
-
-    Order: `GPUModelRunner.sample` (vllm/v1/worker/gpu/model_runner.py):
-    `input_batch.logits_indices`, `model.compute_logits`, `self.sampler`.
-    Upstream: `GPUModelRunner.add_requests`, `GPUModelRunner.postprocess_sampled`,
-    `GPUModelRunner._dummy_sampler_run` (vllm/v1/worker/gpu/model_runner.py).
-    """
-
-    def __init__(self, loop: ForwardLoop, compute_nans: bool) -> None:
-        self.loop = loop
-        self.compute_nans = compute_nans
-        # The runner updates this table of [max_num_reqs, V] when it exists; penalties are computed
-        # here from the tokens themselves.
-        self.penalties_state = SimpleNamespace(output_bin_counts=None)
-
-    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
-        """Done by `NBDiffModelState.add_request`."""
-
-    def apply_staged_writes(self) -> None:
-        """Nothing is staged."""
-
-    def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
-        """Decide the forward, given the logits [n, V] of its needed rows, and run what follows."""
-        if input_batch.num_draft_tokens_per_req is None:  # a dummy batch
-            none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=logits.device)
-            return SamplerOutput(none[:, None].long(), None, None, none, none)
-        decoder = self.loop.decoder
-        nans = None
-        if self.compute_nans:
-            nans = count_nans(logits, decoder.row_owners(), input_batch.num_reqs)
-        self.loop.run(logits)
-        emitted, batch = decoder.emitted, decoder.schedule.batch
-        count = emitted.count
-        if (ends := decoder.tally.ends) is not None:
-            count = torch.where(ends, 0, count)
-        rejected = torch.where(batch.decodes, batch.scheduled - count, 0)
-        return CountedOutput(
-            sampled_token_ids=emitted.tokens,
-            logprobs_tensors=decoder.sampler.logprobs.collect(emitted.tokens),
-            num_nans=nans,
-            num_sampled=count.int(),
-            num_rejected=rejected.int(),
-            sampling_mask_tensors=decoder.steps.collect(emitted.tokens.shape[1]),
-            counts=decoder.tally.columns(batch.decodes),
-        )

@@ -66,12 +66,14 @@ class ScheduleReader:
         self._known: tuple[Any, ...] = ()
         """What `_facts` and `_asked` gave last, behind what they were asked for."""
 
-    def read(self, runner: InputBatch, page_size: int, is_graph: bool = False) -> Schedule:
+    def read(
+        self, runner: InputBatch, page_size: int, most_segments: int | None = None
+    ) -> Schedule:
         """What `runner` holds.
 
         Args:
             page_size: in tokens.
-            is_graph: a captured graph runs, which has one segment for each request.
+            most_segments: that a request may have, where a captured graph runs; None: any number.
         """
         count = runner.num_reqs
         slots = runner.idx_mapping_np[:count].astype(np.int64)
@@ -100,9 +102,9 @@ class ScheduleReader:
         # With static shapes no request has more rows than are scheduled for it.
         most = rows * decodes if self.static else np.full_like(scheduled, self.max_rows)
         arrays = tuple(own.tobytes() for own in (slots, decodes, most))
-        key = (*arrays, blocks, page_size, is_graph, self.options.num_changes)
+        key = (*arrays, blocks, page_size, most_segments, self.options.num_changes)
         if self._known[:1] != (key,):
-            facts = self._facts(slots, decodes, most, blocks, page_size, is_graph)
+            facts = self._facts(slots, decodes, most, blocks, page_size, most_segments)
             self._known = key, facts, self._asked(slots)
         _, facts, asked = self._known
         return Schedule(
@@ -167,7 +169,7 @@ class ScheduleReader:
         most_rows: np.ndarray,
         blocks: int,
         page_size: int,
-        is_graph: bool,
+        most_segments: int | None,
     ) -> Facts:
         config = self.options.config
         host = {name: self.options.host[name][slots] for name in _FACTS}
@@ -175,10 +177,11 @@ class ScheduleReader:
         auto, longest = self.options.is_auto[slots], config.block_length
         for name in ("block_length", "sub_block_length"):
             host[name] = np.where(auto, longest, host[name])
-        if is_graph:
-            host["fuses"] = np.zeros_like(host["fuses"])
-            host["max_versions"] = np.zeros_like(host["max_versions"])
-            host["fan_out"] = np.zeros_like(host["fan_out"])
+        if most_segments is not None:
+            # Behind a text one canvas, versions of it, or those of break points.
+            host["fuses"] = host["fuses"] & (most_segments > 1)
+            host["max_versions"] = np.minimum(host["max_versions"], max(most_segments - 2, 0))
+            host["fan_out"] = np.minimum(host["fan_out"], most_segments - 1)
         if self.static:
             each = np.maximum(host["block_length"] - 1, 1)
             host["fan_out"] = np.minimum(host["fan_out"], np.maximum(most_rows // each, 1))

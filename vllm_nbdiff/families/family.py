@@ -75,6 +75,12 @@ class Family:
         """Whether the context is block-causal."""
         return self.context == "block-causal"
 
+    @property
+    def known_rows(self) -> int:
+        """Rows that a known token has to itself before the canvas drafted behind it: where a row
+        predicts the next position it is the canvas's first one, whose last is of no use."""
+        return int("verify" in self.modes and not self.shifts)
+
     def refusal(self, option: str, value: Any) -> str | None:
         """Why a field of `RequestOptions` does not apply, as said after its name; None: it does."""
         if option == "mode" and value not in self.modes:
