@@ -83,3 +83,27 @@ def test_bad_words(llm: Any) -> None:
         for word in words:
             spans = [text[i : i + len(word)] for i in range(LENGTH - len(word) + 1)]
             assert word not in spans
+
+
+def test_step_maps(llm: Any) -> None:
+    """Each step of a block fills something; who asks gets the text of who does not."""
+    asked = [
+        SamplingParams(
+            temperature=0, max_tokens=LENGTH, ignore_eos=True, detokenize=False,
+            extra_args=extra | options(step_map=1),
+        )
+        for _ in PROMPTS
+        for extra in KINDS
+    ]  # fmt: skip
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS for _ in KINDS]
+    outputs = llm.generate(prompts, asked, use_tqdm=False)
+    assert tokens_of(outputs) == generate(llm, ignore_eos=True)
+    for output, params in zip(outputs, asked, strict=True):
+        steps = output.outputs[0].step_map
+        assert len(steps) == LENGTH
+        if "nbdiff_mode" in params.extra_args:
+            assert steps == list(range(LENGTH))
+            continue
+        for first in range(0, LENGTH, 8):
+            seed, *others = steps[first : first + 8]
+            assert seed == -1 and set(others) == set(range(max(others) + 1))
