@@ -89,34 +89,35 @@ def greedy_requests() -> list[tuple[str, SamplingParams]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def stock_texts() -> dict[str, list[Any]]:
-    """What stock vLLM gives for `greedy_requests`, decoding the same weights autoregressively."""
+def stock_endings(requests: list[tuple[str, SamplingParams]], **config: Any) -> list[Any]:
+    """What stock vLLM gives, decoding the same weights autoregressively, with this configuration
+    of structured output."""
     from vllm import LLM
 
-    texts = {}
-    for backend in ("xgrammar", "guidance"):
-        gc.collect()
-        with in_process():
-            llm = LLM(
-                model=str(NANO),
-                hf_overrides={"architectures": ["LlamaForCausalLM"]},
-                dtype="float32",
-                enforce_eager=True,
-                max_model_len=512,
-                **settings(structured_outputs_config={**COMPACT, "backend": backend}),
-            )
-        requests = greedy_requests()
-        for _, own in requests:
-            own.allowed_token_ids = [token for token in range(616) if token != MASK]
-        # Where nothing is left, stock vLLM takes token 0, and its matcher's refusal is an error.
-        texts[backend] = [
-            ("abort", []) if end == ("error", []) else end
-            for end in endings(generate(llm, requests))
-        ]
-        del llm
     gc.collect()
-    return texts
+    with in_process():
+        llm = LLM(
+            model=str(NANO),
+            hf_overrides={"architectures": ["LlamaForCausalLM"]},
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=512,
+            **settings(structured_outputs_config=config),
+        )
+    for _, own in requests:
+        own.allowed_token_ids = [token for token in range(616) if token != MASK]
+    found = endings(generate(llm, requests))
+    del llm
+    gc.collect()
+    # Where nothing is left, stock vLLM takes token 0, and its matcher's refusal is an error.
+    return [("abort", []) if end == ("error", []) else end for end in found]
+
+
+@pytest.fixture(scope="module")
+def stock_texts() -> dict[str, list[Any]]:
+    """Of stock vLLM for `greedy_requests`."""
+    backends = ("xgrammar", "guidance")
+    return {b: stock_endings(greedy_requests(), **{**COMPACT, "backend": b}) for b in backends}
 
 
 def endings(outputs: list[Any]) -> list[Any]:

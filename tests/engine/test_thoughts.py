@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structured output of a model that thinks first: the grammar is that of its answer."""
 
-import gc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from random import Random
@@ -13,7 +13,7 @@ from vllm.parser.engine.adapters import ParserEngineReasoningAdapter
 from vllm.parser.engine.parser_engine import ReasoningEnd
 
 from tests import reasoning_parser
-from tests.conftest import counter, in_process
+from tests.conftest import counter
 from tests.engine.grammar_cases import is_valid
 from tests.engine.test_grammars import (
     DIFFUSION,
@@ -24,6 +24,8 @@ from tests.engine.test_grammars import (
     endings,
     generate,
     params,
+    settings,
+    stock_endings,
 )
 from vllm_nbdiff.compat import Thoughts
 from vllm_nbdiff.engine.matcher import Matcher
@@ -33,11 +35,6 @@ PARSER = {
     "disable_any_whitespace": True,
     "reasoning_parser": "colon",
     "reasoning_parser_plugin": reasoning_parser.__file__,
-}
-SETTINGS: dict[str, Any] = {
-    "skip_tokenizer_init": False,
-    "structured_outputs_config": PARSER,
-    "kv_cache_memory_bytes": 1 << 27,
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 64},
@@ -55,34 +52,17 @@ CONSTRAINTS: list[dict[str, Any]] = [
 
 def requests_of(extra: dict[str, Any], **more: Any) -> list[tuple[str, SamplingParams]]:
     """Of some prompts thinking has ended already."""
+    pairs = zip(PROMPTS[:20], itertools.cycle(CONSTRAINTS), strict=False)
     return [
         (prompt + reasoning_parser.END * (i % 5 == 4), params(constraint, extra_args=extra, **more))
-        for i, prompt in enumerate(PROMPTS[:20])
-        for constraint in (CONSTRAINTS[i % len(CONSTRAINTS)],)
+        for i, (prompt, constraint) in enumerate(pairs)
     ]
 
 
 @pytest.fixture(scope="module")
 def stock_texts() -> list[Any]:
     """What stock vLLM gives, decoding the same weights autoregressively."""
-    from vllm import LLM
-
-    with in_process():
-        llm = LLM(
-            model=str(NANO),
-            hf_overrides={"architectures": ["LlamaForCausalLM"]},
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=512,
-            **SETTINGS,
-        )
-    requests = requests_of({})
-    for _, own in requests:
-        own.allowed_token_ids = [token for token in range(616) if token != MASK]
-    texts = endings(generate(llm, requests))
-    del llm
-    gc.collect()
-    return texts
+    return stock_endings(requests_of({}), **PARSER)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -91,7 +71,8 @@ def engine(
     stock_texts: Any,  # first: an engine that ends takes process groups along
     make_llm: Callable[..., Any],
 ) -> Iterator[tuple[str, Any]]:
-    yield request.param, make_llm(NANO, 32, MASK, **SETTINGS | ENGINES[request.param])
+    own = settings(structured_outputs_config=PARSER, **ENGINES[request.param])
+    yield request.param, make_llm(NANO, 32, MASK, **own)
 
 
 def answer_of(llm: Any, prompt: str, tokens: list[int]) -> str | None:

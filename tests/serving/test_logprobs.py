@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import openai
 import pytest
@@ -50,3 +51,25 @@ def test_chat(client: openai.OpenAI) -> None:
     content = whole.choices[0].logprobs.content
     assert len(content) == whole.usage.completion_tokens
     assert all(math.isfinite(token.logprob) and len(token.top_logprobs) == 2 for token in content)
+
+
+@pytest.mark.parametrize("xargs", MODES, ids=str)
+def test_tokens_asked_for_by_id(client: openai.OpenAI, xargs: dict[str, str]) -> None:
+    """Their scores are those that they have among the best, whole and in a stream."""
+    body: dict[str, Any] = {"return_tokens_as_token_ids": True, "vllm_xargs": xargs}
+    best = chat(client, logprobs=True, top_logprobs=20, extra_body=body).choices[0]
+    scores = [{o.token: o.logprob for o in one.top_logprobs} for one in best.logprobs.content]
+    names = list(scores[0])[3:5]
+    body["logprob_token_ids"] = [int(name.removeprefix("token_id:")) for name in names]
+    for stream in (False, True):
+        given = chat(client, logprobs=True, stream=stream, extra_body=body)
+        choices = [piece.choices[0] for piece in given] if stream else given.choices
+        content = [one for choice in choices if choice.logprobs for one in choice.logprobs.content]
+        assert [one.token for one in content] == [one.token for one in best.logprobs.content]
+        for one, known in zip(content, scores, strict=True):
+            found = {other.token: other.logprob for other in one.top_logprobs}
+            assert set(names) <= set(found) <= {*names, one.token}
+            for name in set(found) & set(known):
+                assert found[name] == pytest.approx(known[name], abs=2e-5)
+        first = {other.token: other.logprob for other in content[0].top_logprobs}
+        assert first[names[0]] == pytest.approx(scores[0][names[0]], abs=2e-5)

@@ -79,14 +79,11 @@ class Matcher:
         """Move past `token` if it may come next."""
         if self.thinks:
             assert self._thoughts is not None
-            if not self._thoughts.take(token):
-                self._thought_ahead += 1
-                return True
-            if self._fits(token):
-                self._thought_ahead += 1
-                return True
-            self._thoughts.back(1)
-            return False
+            if self._thoughts.take(token) and not self._fits(token):
+                self._thoughts.back(1)
+                return False
+            self._thought_ahead += 1
+            return True
         return self.has_ended or self._fits(token)
 
     def _fits(self, token: int) -> bool:
