@@ -148,7 +148,7 @@ class ScheduleReader:
         share = (self.max_rows - scheduled) // users
         if users == len(slots):
             return share
-        cheap = max(_CHEAP_ROWS - scheduled, scheduled // 16)
+        cheap = max(_CHEAP_ROWS - scheduled, scheduled // 32)
         return min(share, max(cheap // users, self.options.config.block_length))
 
     def _asked(self, slots: np.ndarray) -> Asked:
