@@ -13,7 +13,7 @@ class ColonReasoningParser(DeepSeekR1ReasoningParser):
 
     @property
     def start_token(self) -> str:
-        return "<|user|>"
+        return "~"
 
     @property
     def end_token(self) -> str:

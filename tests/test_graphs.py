@@ -18,8 +18,9 @@ from vllm_nbdiff.request_options import RequestOptions
 L = 32
 
 
-def start_with(**compilation: Any) -> None:
-    refuse_graphs(SimpleNamespace(compilation_config=CompilationConfig(**compilation)))
+def start_with(copies_kv: bool = True, **compilation: Any) -> None:
+    config = SimpleNamespace(compilation_config=CompilationConfig(**compilation))
+    refuse_graphs(config, copies_kv)
 
 
 def test_what_a_graph_must_not_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +38,7 @@ def test_what_a_graph_must_not_capture_is_refused(monkeypatch: pytest.MonkeyPatc
     envs.disable_envs_cache()
     with pytest.raises(ValueError, match="VLLM_USE_BREAKABLE_CUDAGRAPH=1 captures KV writes"):
         start_with()
+    start_with(copies_kv=False, use_inductor_graph_partition=True)
     # Full graphs make the copies of the step that replays them.
     start_with(cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY, use_inductor_graph_partition=True)
     start_with(cudagraph_mode=CUDAGraphMode.NONE)

@@ -14,10 +14,13 @@ _SMALLEST = (1, 2, 4, 8)
 _STEP = 16
 
 
-def refuse_graphs(vllm_config: Any) -> None:
+def refuse_graphs(vllm_config: Any, copies_kv: bool) -> None:
     """Raise ValueError naming the option by which a graph would capture what changes.
 
     Asked at start-up, and once more in a worker, when vLLM has chosen what was left to it.
+
+    Args:
+        copies_kv: forwards write some rows' KV once more: where drafts are verified.
     """
     from vllm import envs
     from vllm.config.compilation import CUDAGraphMode
@@ -29,7 +32,7 @@ def refuse_graphs(vllm_config: Any) -> None:
             "--compilation-config: cudagraph_mode=FULL captures one segment a request also where "
             "prompts are mixed in; use FULL_AND_PIECEWISE, FULL_DECODE_ONLY or PIECEWISE"
         )
-    if mode is not None and not mode.has_piecewise_cudagraphs():
+    if not copies_kv or (mode is not None and not mode.has_piecewise_cudagraphs()):
         return
     reasons = {
         "VLLM_USE_BREAKABLE_CUDAGRAPH=1": envs.VLLM_USE_BREAKABLE_CUDAGRAPH,

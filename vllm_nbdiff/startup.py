@@ -208,7 +208,7 @@ def _refuse_on_cuda(vllm_config: Any, config: BlockDiffusionConfig) -> None:
     """Raise ValueError for what a forward with a GPU's shapes cannot do."""
     if not config.static_shapes:
         raise ValueError("--additional-config: nbdiff.static_shapes=false needs a CPU")
-    refuse_graphs(vllm_config)
+    refuse_graphs(vllm_config, copies_kv=not config.family.block_causal)
 
 
 def _keep_float32_on_cpu(vllm_config: Any) -> None:

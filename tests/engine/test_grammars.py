@@ -210,6 +210,16 @@ def finishes(llm: Any, requests: list[tuple[str, SamplingParams]]) -> list[str]:
     return [output.outputs[0].finish_reason for output in generate(llm, requests)]
 
 
+def test_no_illegal_token_is_emitted_last(plain_engine: Any) -> None:
+    """What `min_tokens` leaves behind the end of a text: nothing, and no token stands for it."""
+    requests = [
+        (PROMPTS[0], params({"regex": "(yes|no)"}, max_tokens=n, min_tokens=n, extra_args=extra))
+        for n in (4, 5)
+        for extra in [{}, *LOSSLESS]
+    ]
+    assert endings(generate(plain_engine, requests)) == [("abort", [])] * len(requests)
+
+
 def test_a_broken_matcher_ends_its_request_alone(
     plain_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

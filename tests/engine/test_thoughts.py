@@ -13,7 +13,7 @@ from vllm.parser.engine.adapters import ParserEngineReasoningAdapter
 from vllm.parser.engine.parser_engine import ReasoningEnd
 
 from tests import reasoning_parser
-from tests.conftest import counter
+from tests.conftest import counter, tokens_of
 from tests.engine.grammar_cases import is_valid
 from tests.engine.test_grammars import (
     DIFFUSION,
@@ -115,6 +115,17 @@ def test_every_answer_is_legal(engine: tuple[str, Any], sampling: dict[str, Any]
                 assert is_valid(constraint, answer)
                 legal[prompt.endswith(reasoning_parser.END)] += 1
     assert legal[True] > 6 and legal[False] > 20
+
+
+def test_requests_that_share_what_they_ask_for(engine: tuple[str, Any]) -> None:
+    """One thinks, the other's prompt has ended that, in either order."""
+    _, llm = engine
+    shared = params(CONSTRAINTS[0], skip_clone=True)
+    prompts = [PROMPTS[0], PROMPTS[1] + reasoning_parser.END]
+    expected = [llm.generate([one], shared.clone(), use_tqdm=False)[0] for one in prompts]
+    for order in (1, -1):
+        outputs = llm.generate(prompts[::order], shared, use_tqdm=False)
+        assert tokens_of(outputs)[::order] == tokens_of(expected)
 
 
 class Grammar:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from tests import reasoning_parser
 from tests.engine.grammar_cases import is_valid, random_constraint
 from tests.families.checkpoints import GOLDEN_FAMILIES, RANDOM, checkpoint, config_of
 from tests.families.engines import serve
@@ -64,3 +65,47 @@ def test_every_text_is_legal(family: str, tmp_path: Path) -> None:
         ]
         assert len(texts) > 8
         assert [pair for pair in texts if not is_valid(*pair)] == []
+
+
+def test_thoughts_have_a_budget(tmp_path: Path) -> None:
+    """Where it is spent thinking ends, once, and the answer is legal; a prompt that has ended
+    thinking leaves nothing to bound."""
+    folder = with_tokenizer("nemotron_labs_diffusion", tmp_path)
+    (end,) = PreTrainedTokenizerFast.from_pretrained(folder).encode(reasoning_parser.END)
+    llm = serve(
+        folder,
+        skip_tokenizer_init=False,
+        hf_overrides={"end_think_token_id": end},
+        structured_outputs_config={
+            "backend": "xgrammar",
+            "disable_any_whitespace": True,
+            "reasoning_parser": "colon",
+            "reasoning_parser_plugin": reasoning_parser.__file__,
+        },
+    )
+    wanted: dict[str, Any] = {"choice": ["Tuesday", "In the end"]}
+
+    def text(prompt: list[int], budget: int | None, bias: float, mode: dict[str, Any]) -> str:
+        own = SamplingParams(
+            temperature=0, max_tokens=60, thinking_token_budget=budget, logit_bias={end: bias},
+            structured_outputs=StructuredOutputsParams(**wanted), extra_args=dict(mode),
+        )  # fmt: skip
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], own, use_tqdm=False)
+        assert output.outputs[0].finish_reason == "stop"
+        return output.outputs[0].text
+
+    modes: list[dict[str, Any]] = [{}, {"nbdiff_mode": "ar"}, {"nbdiff_mode": "verify"}]
+    prompt = [48, 59, 32, 39, 17]
+    for budget in (0, 1, 2, 7, 16, 33):
+        # Never ended by the model, and by the first token.
+        for bias, most in ((-100.0, budget), (100.0, 0)):
+            texts = [text(prompt, budget, bias, mode) for mode in modes]
+            assert texts[1] == texts[2]
+            for found in texts:
+                thought, _, answer = found.partition(reasoning_parser.END)
+                assert is_valid(wanted, answer) and len(thought) <= most
+            if bias < 0:
+                assert len(texts[1].partition(reasoning_parser.END)[0]) == budget
+        for mode in modes:
+            free = text([*prompt, end], None, 0.0, mode)
+            assert is_valid(wanted, free) and text([*prompt, end], budget, 0.0, mode) == free

@@ -20,7 +20,13 @@ from vllm_nbdiff.compat.lora import map_rows_of_adapters
 from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
 from vllm_nbdiff.compat.scheduler import allocate_own_lookahead, leave_ends_uncached
 from vllm_nbdiff.compat.step_map import give_step_maps, pack_steps
-from vllm_nbdiff.compat.thinking import Thoughts, name_thinking, reasoning_config, thoughts_of
+from vllm_nbdiff.compat.thinking import (
+    Thoughts,
+    begins_by_thinking,
+    name_thinking,
+    reasoning_config,
+    thoughts_of,
+)
 from vllm_nbdiff.compat.worker import (
     carry_counts,
     counts_of,
@@ -41,6 +47,7 @@ __all__ = [
     "add_counts",
     "allocate_own_lookahead",
     "apply_patches",
+    "begins_by_thinking",
     "capture_any_decode",
     "carry_counts",
     "counts_of",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -36,6 +37,8 @@ def name_backend(manager: StructuredOutputManager, params: SamplingParams) -> No
     from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 
     if params.structured_outputs is not None:
+        # Parameters that are not cloned as deeply share it with other requests.
+        params.structured_outputs = copy.copy(params.structured_outputs)
         is_guidance = isinstance(manager.backend, GuidanceBackend)
         params.structured_outputs._backend = "guidance" if is_guidance else "xgrammar"
 

@@ -32,6 +32,11 @@ def reasoning_config(end_token_id: int) -> Any:
     return config
 
 
+def begins_by_thinking(params: SamplingParams) -> bool:
+    """Whether the scheduler has said so of a request with a grammar (`name_thinking`)."""
+    return getattr(params.structured_outputs, _ASKED, None) is not None
+
+
 def name_thinking(manager: StructuredOutputManager, request: Request) -> None:
     """Say in a request with a grammar whether it begins by thinking, and how that is parsed.
 
@@ -39,11 +44,11 @@ def name_thinking(manager: StructuredOutputManager, request: Request) -> None:
     Upstream: `StructuredOutputManager._get_constraint_bounds`
     (vllm/v1/structured_output/__init__.py). Remove when a grammar can be compiled for a worker.
     """
-    wanted = request.structured_output_request
-    if wanted is not None:
+    wanted, params = request.structured_output_request, request.sampling_params
+    if wanted is not None and params is not None:
         thinks = manager._get_constraint_bounds(request, ()).constraint_start > 0
         arguments = wanted.reasoning_parser_kwargs or {}
-        setattr(wanted.params, _ASKED, arguments if thinks else None)
+        setattr(params.structured_outputs, _ASKED, arguments if thinks else None)
 
 
 class Thoughts:

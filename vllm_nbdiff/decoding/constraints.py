@@ -25,6 +25,9 @@ class Thinking(NamedTuple):
 
     budget: int
     end_token_id: int
+    looks_at_seed: bool = False
+    """Whether the end may be the seed of the block in which the budget is spent. Not in Nemotron's
+    own code, which then writes it twice; a grammar takes it once."""
 
 
 class Context(NamedTuple):
@@ -91,7 +94,7 @@ class Constraints:
             line = words.line(context.text_end, context.canvas, context.known, text)
             words.ban(logits, line, context.position)
         if self.thinking is not None:
-            budget, end = self.thinking
+            budget, end = self.thinking.budget, self.thinking.end_token_id
             ended = self.has_thought(text, context.text_end)
             ended |= ((context.canvas == end) & context.known).any(1)
             spent = context.position - self.prompt_length >= budget

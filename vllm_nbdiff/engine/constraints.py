@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_nbdiff.compat import begins_by_thinking
 from vllm_nbdiff.decoding.bad_words import group_words
 from vllm_nbdiff.decoding.canvas import Canvas
 from vllm_nbdiff.decoding.constraints import (
@@ -86,14 +87,16 @@ class ConstraintTable:
             frequency=params.frequency_penalty,
             presence=params.presence_penalty,
             bad_words=group_words(words or [], device),
-            thinking=self._thinking(params.thinking_token_budget),
+            thinking=self._thinking(params),
         )
 
-    def _thinking(self, budget: int | None) -> Thinking | None:
-        if budget is None:
+    def _thinking(self, params: SamplingParams) -> Thinking | None:
+        budget, has_grammar = params.thinking_token_budget, params.structured_outputs is not None
+        # Where a grammar holds from the start nothing is thought.
+        if budget is None or (has_grammar and not begins_by_thinking(params)):
             return None
         assert self.end_think_token_id is not None
-        return Thinking(budget, self.end_think_token_id)
+        return Thinking(budget, self.end_think_token_id, looks_at_seed=has_grammar)
 
     def apply(
         self, logits: Tensor, plan: Plan, packed: Packed, owner: np.ndarray, schedule: Schedule
@@ -204,6 +207,8 @@ class ConstraintTable:
             text = self.text[slot : slot + 1, : schedule.longest].long()
             place = start - own.prompt_length + torch.arange(tokens.shape[1], device=start.device)
             ends = (place == own.thinking.budget) & begun[one] & ~own.has_thought(text, start)
+            if own.thinking.looks_at_seed:
+                ends = ends & (tokens[one, 0] != own.thinking.end_token_id)
             tokens[one] = torch.where(ends, own.thinking.end_token_id, tokens[one])
         return canvas
 

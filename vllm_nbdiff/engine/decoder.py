@@ -49,8 +49,7 @@ class Decoder:
         self.schedule = schedule
         count, device = len(schedule.slots), self.table.tokens.device
         most = int(schedule.scheduled[schedule.decodes].max(initial=1))
-        self.emitted = Emitted(count, most, device)
-        self.tally = Tally()
+        self.emitted, self.tally = Emitted(count, most, device), Tally()
         self._options = self.options.read(schedule.batch.slot)
         self._state = self.table.read(schedule.batch.slot)
         self.sampler.logprobs.begin(schedule, self._first_emitted)
@@ -140,8 +139,7 @@ class Decoder:
 
     def _spread(self, values: Tensor) -> Tensor:
         """[B, K]: what was drawn for packed rows, where it belongs."""
-        count, rows = self._plan.rows.needed.shape
-        return self._packed.spread(values, count, rows)
+        return self._packed.spread(values, *self._plan.rows.needed.shape)
 
     def _read_text(self, spread: list[Tensor], looked: Tensor) -> tuple[Canvas, Tensor]:
         """Commit or verify canvases, begin the next ones; which of those to fill."""
@@ -159,6 +157,8 @@ class Decoder:
             ends = self._is_last(text.seed[:, None], text.begin[:, None])[:, 0]
             ends &= (text.length > 0) & ~self.emitted.ended
             ends &= self.emitted.count < batch.scheduled
+            chance = spread[1][:, : plan.num_next]
+            ends = self.sampler.grammars.possible(ends, chance, text.length, self.schedule)
             self.emitted.append(text.seed[:, None], ends.long())
             self.emitted.ended |= ends
         state = decide.begin_canvases(self.table, plan, text, batch, facts)

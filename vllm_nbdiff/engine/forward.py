@@ -212,7 +212,7 @@ class PagedBatch:
         """Give canvases that have pages of their own the text before them on the first of these;
         rows of a request are those from `begin` [B] on."""
         self.copies.clear()
-        if self.graph is not None:
+        if self.graph is not None and not facts.fan_out:
             self.graph.clear_copies()
         if not (facts.versions or facts.fan_out):
             return

@@ -130,6 +130,23 @@ class GrammarTable:
                 # The column has to be filled.
                 logits[async_tensor_h2d(opened, device=logits.device), self._mask] = -torch.inf
 
+    def possible(self, ends: Tensor, chance: Tensor, length: Tensor, schedule: Schedule) -> Tensor:
+        """The `ends` [B] bool of requests with a token behind their text: those whose grammar
+        leaves none cannot go on.
+
+        Args:
+            chance: [B, N] float, probability of what follows each column of a text.
+            length: [B] int64, columns of it that are final.
+        """
+        used = self._used[schedule.slots]
+        if not used.any():
+            return ends
+        last = (length - 1).clamp(min=0, max=chance.shape[1] - 1)
+        is_lost = ends & (chance.gather(1, last[:, None])[:, 0] <= 0)
+        lost = is_lost.cpu().numpy() & used
+        self._failed |= dict.fromkeys(schedule.slots[lost].tolist(), False)
+        return ends & ~async_tensor_h2d(lost, device=ends.device)
+
     def _rows(
         self, plan: Plan, packed: Packed, owner: np.ndarray, schedule: Schedule
     ) -> dict[int, dict[int, int]]:

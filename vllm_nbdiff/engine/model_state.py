@@ -205,7 +205,7 @@ class NBDiffModelState(ModelState):
 
     def _copy_kv(self, layer_names: list[str]) -> None:
         """Have these layers write what is copied."""
-        refuse_graphs(self.vllm_config)
+        refuse_graphs(self.vllm_config, copies_kv=True)
         layers = self.vllm_config.compilation_config.static_forward_context
         others = []
         for layer in (layers[name] for name in layer_names):

@@ -84,10 +84,9 @@ class ScheduleReader:
         ends = ~decodes & (computed + scheduled >= runner.prefill_len_np[:count])
         rows = scheduled
         if self.static:
-            # Logits are padded to the request with the most rows, of which drafts have many.
+            # Logits are padded to the request with the most rows: it may not cost all others many.
             cap = max(self.max_rows // count, self.options.config.block_length + 1)
-            drafting = self.options.host["fan_out"][slots] > 0
-            rows = np.where(drafting & decodes, np.minimum(scheduled, cap), scheduled)
+            rows = np.where(decodes, np.minimum(scheduled, cap), scheduled)
         else:
             rows = scheduled + self._extra_rows(slots, int(scheduled.sum()))
         columns = [slots, scheduled, computed, rows, self.lookahead[slots], decodes, ends]
@@ -183,8 +182,12 @@ class ScheduleReader:
             host["max_versions"] = np.minimum(host["max_versions"], max(most_segments - 2, 0))
             host["fan_out"] = np.minimum(host["fan_out"], most_segments - 1)
         if self.static:
-            each = np.maximum(host["block_length"] - 1, 1)
+            length = np.maximum(host["block_length"], 1)
+            each = np.maximum(length - 1, 1)
             host["fan_out"] = np.minimum(host["fan_out"], np.maximum(most_rows // each, 1))
+            others = np.maximum(most_rows // length - 1, 0)
+            host["max_versions"] = np.minimum(host["max_versions"], others)
+            host["fuses"] = host["fuses"] & (others > 0)
         limited = host["max_steps"] < NO_LIMIT
         verifies, fuses, versions = host["verifies"], host["fuses"], host["max_versions"]
         next_rows = np.where(verifies & decodes, host["block_length"], 1)
