@@ -35,8 +35,12 @@ def start(
         scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=1024),
     )
     engine = EngineOptions(**options)
-    static = engine.static_shapes is not False
-    config: Any = SimpleNamespace(engine=engine, static_shapes=static, most_rows=32)
+    config: Any = SimpleNamespace(
+        engine=engine,
+        family=SimpleNamespace(block_causal=False),
+        static_shapes=engine.static_shapes is not False,
+        most_rows=32,
+    )
     startup.set_platform_defaults(vllm_config, config)
     return getattr(vllm_config.attention_config.backend, "name", "none")
 
