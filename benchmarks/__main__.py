@@ -21,7 +21,7 @@ import json
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +35,7 @@ from benchmarks.budget import Budget
 from benchmarks.engines import (
     AR,
     DIFFUSION,
+    FREEDAVE,
     MODES,
     OURS,
     REAL_MODES,
@@ -44,7 +45,7 @@ from benchmarks.engines import (
     Engine,
     Sample,
 )
-from benchmarks.nano import CHECKPOINT, Nano
+from benchmarks.nano import CHECKPOINT, Nano, NanoJson
 from benchmarks.random_model import (
     Random125M,
     StepMix,
@@ -58,6 +59,7 @@ from vllm_nbdiff.request_options import DEFAULT_DRAFT_LENGTH
 
 MODELS = ("nano", "125m")
 BATCHES = (1, 4, 16, 64)
+JSON_BATCHES, JSON_PROBLEMS = (1,), 8
 # An idle worker of vLLM spins for a second after its last step.
 SETTLE_SECONDS = 1.2
 WARM_UP_REQUESTS = 4
@@ -72,6 +74,7 @@ class Run:
         self.progress = progress
         self.rows: list[Row] = []
         cells = len(options.models) * len(options.batches)
+        cells += len(JSON_BATCHES) if "nano" in options.models else 0
         self.budget = Budget(60 * options.minutes, cells)
         total = len(options.modes) * cells * (options.rounds + 1)
         self.bar = progress.add_task("start", total=total)
@@ -82,10 +85,14 @@ class Run:
         self.console.print(f"nano: {workload.folder}, {workload.dtype}")
         with self.engines(workload.folder, workload.dtype) as engines:
             self.measure(workload, engines)
-        return {
-            mode: mean(row.tpf for row in self.rows if row.mode == mode)
-            for mode in self.options.modes
-        }
+            reached = {
+                mode: mean(row.tpf for row in self.rows if row.mode == mode)
+                for mode in self.options.modes
+            }
+            workload = NanoJson(self.options.nano, JSON_PROBLEMS)
+            modes = [mode for mode in self.options.modes if mode != FREEDAVE]  # takes no grammar
+            self.measure(workload, engines, modes, JSON_BATCHES)
+        return reached
 
     def random_125m(self, tpf: float, verify_tpf: float) -> StepMix:
         """Measure the random model at these tokens per forward; returns the mix of steps."""
@@ -126,22 +133,28 @@ class Run:
         ):
             yield {**dict.fromkeys(self.options.modes, ours), AR: stock}
 
-    def measure(self, workload: Nano | Random125M, engines: dict[str, Engine]) -> None:
-        """Every batch size: a short warm-up, then the rounds, the engines taking turns.
+    def measure(
+        self,
+        workload: Nano | Random125M,
+        engines: dict[str, Engine],
+        modes: Sequence[str] | None = None,
+        batches: Sequence[int] | None = None,
+    ) -> None:
+        """Every mode and batch size of the run, or these: a short warm-up, then the rounds.
 
-        The largest one first: where a single round takes more than its share of the time, the
-        others have fewer rounds.
+        The engines take turns. The largest batch first: where a single round takes more than its
+        share of the time, the others have fewer rounds.
         """
-        modes, rounds = self.options.modes, self.options.rounds
-        for batch in sorted(self.options.batches, reverse=True):
+        modes, rounds = modes or self.options.modes, self.options.rounds
+        for batch in sorted(batches or self.options.batches, reverse=True):
             self.budget.begin_part()
             samples: dict[str, list[Sample]] = {mode: [] for mode in modes}
-            self.round(workload, engines, batch, 0)
+            self.round(workload, engines, modes, batch, 0)
             done, seconds = 0, 0.0
             while not done or (done < rounds and self.budget.has(seconds)):
                 done += 1
                 start = perf_counter()
-                for mode, sample in self.round(workload, engines, batch, done).items():
+                for mode, sample in self.round(workload, engines, modes, batch, done).items():
                     samples[mode].append(sample)
                 seconds = perf_counter() - start
             self.progress.advance(self.bar, (rounds - done) * len(modes))
@@ -150,10 +163,15 @@ class Run:
                 self.console.print(json.dumps(asdict(self.rows[-1])), soft_wrap=True)
 
     def round(
-        self, workload: Nano | Random125M, engines: dict[str, Engine], batch: int, index: int
+        self,
+        workload: Nano | Random125M,
+        engines: dict[str, Engine],
+        modes: Sequence[str],
+        batch: int,
+        index: int,
     ) -> dict[str, Sample]:
         """One round of every mode; the one of index 0 only warms up, with few requests."""
-        modes, samples = self.options.modes, {}
+        samples: dict[str, Sample] = {}
         for mode in modes if index % 2 else reversed(modes):
             label = f"{workload.name}, batch {batch}, {mode}"
             self.progress.update(self.bar, description=label)

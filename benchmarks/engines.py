@@ -19,7 +19,8 @@ AR, DIFFUSION, VERIFY, TWO_FORWARDS = "ar", "diffusion", "verify", "two_forwards
 # What is measured, `ar` on stock vLLM, the rest on our engine; `nbdiff_ar` is our mode `ar`.
 MODES = (AR, DIFFUSION, "fused", "block_cache", VERIFY, TWO_FORWARDS, "nbdiff_ar", "auto")
 # One position a step, and the same text by FreeDave: only where text is really generated.
-REAL_MODES = ("one", "freedave")
+FREEDAVE = "freedave"
+REAL_MODES = ("one", FREEDAVE)
 OPTIONS: dict[str, dict[str, Any]] = {
     DIFFUSION: {},
     "fused": {"nbdiff_fused_commit": 1},
@@ -29,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nbdiff_ar": {"nbdiff_mode": "ar"},
     "auto": {"nbdiff_mode": "auto"},
     "one": {"nbdiff_threshold": 1.0},
-    "freedave": {"nbdiff_algorithm": "freedave"},
+    FREEDAVE: {"nbdiff_algorithm": "freedave"},
 }
 BLOCK_DIFFUSION = (DIFFUSION, "fused", "block_cache")
 KV_CACHE_BYTES = 1 << 30

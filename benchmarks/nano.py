@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.engines import OPTIONS, Request
@@ -11,6 +12,12 @@ from vllm_nbdiff.adapt.problems import held_out
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "nbdiff-nano"
 DTYPE = "float32"  # as the checkpoint is stored
 MAX_TOKENS = 256
+SCHEMA = {
+    "type": "object",
+    "properties": {name: {"type": "integer", "maximum": 9} for name in ("first", "second")},
+    "required": ["first", "second"],
+    "additionalProperties": False,
+}
 
 
 class Nano:
@@ -44,3 +51,18 @@ class Nano:
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
         return self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+class NanoJson(Nano):
+    """The same problems answered under a JSON schema, where only the form can be right."""
+
+    name = "nano json"
+
+    def requests(self, mode: str, batch: int, round_index: int) -> list[Request]:
+        """The requests of one round: greedy, at the mode's default options."""
+        from vllm.sampling_params import StructuredOutputsParams
+
+        requests = super().requests(mode, batch, round_index)
+        for request in requests:
+            request.params.structured_outputs = StructuredOutputsParams(json=SCHEMA)
+        return [replace(request, problem=None) for request in requests]

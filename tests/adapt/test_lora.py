@@ -2,6 +2,7 @@
 """`adapt --lora` trains an adapter of the bundled checkpoint, which serves it by name."""
 
 import json
+import shutil
 import subprocess
 import sys
 from itertools import islice
@@ -10,7 +11,9 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.adapt.command import MAX_TOKENS, NANO, prompts, questions
@@ -21,6 +24,7 @@ from vllm_nbdiff.adapt.__main__ import parse, prepare
 from vllm_nbdiff.reference import generate
 
 COUNT = 4
+WEIGHTS = "adapter_model.safetensors"
 FLAGS = ("--enable-lora", "--max-lora-rank=8", "--dtype=float32")
 
 
@@ -34,12 +38,18 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
             question = {"role": "user", "content": problem.prompt}
             answer = {"role": "assistant", "content": f"{word} {word}"}
             data.write(json.dumps({"messages": [question, answer]}) + "\n")
+    return train(folder / "data.jsonl", folder / "out")
+
+
+def train(data: Path, out: Path) -> Path:
+    """Train an adapter on `data`, into `out`; goes on from the last checkpoint there."""
     options = {
         "model": NANO,
-        "data": folder / "data.jsonl",
-        "out": folder / "out",
+        "data": data,
+        "out": out,
         "batch-tokens": 1024,
         "max-steps": 40,
+        "save-steps": 20,
         "learning-rate": 1e-2,
         "lora-rank": 8,
     }
@@ -49,7 +59,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*command, "--skip-engine", "--use-cpu"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return folder / "out"
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +102,20 @@ def test_adapter_alone_is_written(adapter: Path) -> None:
     assert set(config["target_modules"]) == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
-    assert (adapter / "adapter_model.safetensors").exists()
+    assert (adapter / WEIGHTS).exists()
     assert not (adapter / "model.safetensors").exists() and not (adapter / "config.json").exists()
+
+
+def test_interrupted_and_resumed_is_uninterrupted(adapter: Path, tmp_path: Path) -> None:
+    """The optimizer, the order of the data and the noise go on where they were."""
+    half = tmp_path / "out" / "trainer" / "checkpoint-20"
+    shutil.copytree(adapter / "trainer" / "checkpoint-20", half)
+    half_way = load_file(half / WEIGHTS)
+    whole = load_file(adapter / WEIGHTS)
+    resumed = load_file(train(adapter.parent / "data.jsonl", tmp_path / "out") / WEIGHTS)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert not all(torch.equal(half_way[name], whole[name]) for name in whole)
 
 
 def test_served_by_name(adapter: Path, merged: PreTrainedModel, tmp_path: Path) -> None:
