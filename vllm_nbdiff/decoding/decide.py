@@ -110,15 +110,18 @@ def choose(plan: Plan, proposal: Proposal, looked: Tensor, facts: Facts) -> Tens
         edited = active & ~masked & (proposal.token != proposal.canvas)
         edited &= proposal.probability > options.editing_threshold[:, None]
         active &= masked
-    filled = select(
-        facts.rules,
-        options.rule,
-        active,
-        proposal.confidence,
-        proposal.probability,
-        options.threshold,
-        plan.quota,
-    )
+    if facts.static or plan.quota is None or (active.sum(1) > plan.quota).any():
+        filled = select(
+            facts.rules,
+            options.rule,
+            active,
+            proposal.confidence,
+            proposal.probability,
+            options.threshold,
+            plan.quota,
+        )
+    else:
+        filled = active
     return filled if edited is None else filled | edited
 
 
@@ -203,10 +206,14 @@ def early_ends(
         state: after filling.
         looked: [B] bool, requests that were filled.
     """
+    looked = looked & ~plan.options.verifies
+    if not (facts.static or looked.any()):
+        return torch.zeros_like(plan.canvases.active[:, 0])
     positions = state.start[:, None] + table.columns
     ends = table.is_last(batch.slot, plan.options, state.tokens, positions)
-    ends &= table.columns < state.width[:, None]
-    ends &= (looked & ~plan.options.verifies)[:, None]
+    if not (facts.static or ends.any()):
+        return ends
+    ends &= (table.columns < state.width[:, None]) & looked[:, None]
     masks = (state.tokens == facts.mask_token_id).cumsum(1)
     if facts.edits:
         last = (state.width - 1).clamp(min=0)[:, None]

@@ -35,12 +35,27 @@ def needed_rows(
     canvases: Canvases,
 ) -> tuple[int, Rows]:
     """How many of the rows are NEXT, and the rows."""
-    num_reqs, num_canvases, length = canvases.tokens.shape
-    active, high = canvases.active, canvases.high
-    columns = torch.arange(length, device=active.device)
+    num_next, offsets, needs = 0, [], []
+    if facts.texts:
+        needed, column = _next_rows(options, batch, facts, text, canvases.tokens.shape[2])
+        num_next, offsets, needs = column.shape[1], [column], [needed]
+    if facts.looks:
+        needed, offset = _canvas_rows(options, facts, segments, canvases)
+        offsets.append(offset)
+        needs.append(needed)
+    if len(needs) == 1:
+        return num_next, Rows(needs[0], offsets[0])
+    return num_next, Rows(torch.cat(needs, 1), torch.cat(offsets, 1))
+
+
+def _next_rows(
+    options: Options, batch: Batch, facts: Facts, text: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Which rows that predict what follows a text are needed, and where they are, [B, N] each."""
     # Verification asks what follows each column, a commit and the end of a prompt the last one.
+    columns = torch.arange(length, device=text.device)
     if facts.verifies:
-        column = columns.expand(num_reqs, length)
+        column = columns.expand(len(text), length)
         asked = options.verifies[:, None] | (column == text[:, None] - 1)
         needed = (column < text[:, None]) & asked
     else:
@@ -55,21 +70,32 @@ def needed_rows(
             ends &= ((batch.computed + batch.scheduled) % length == 0)[:, None]
         needed = needed | ends
         column = torch.where(ends, batch.scheduled[:, None] - 1, column)
+    return needed, column
 
-    begins = segments.length.cumsum(1) - segments.length
-    begins = begins[:, -num_canvases:] - canvases.low
+
+def _canvas_rows(
+    options: Options, facts: Facts, segments: Segments, canvases: Canvases
+) -> tuple[Tensor, Tensor]:
+    """The same of rows that predict the columns of canvases, and the next canvas's seed."""
+    num_canvases, length = canvases.tokens.shape[1:]
+    active = canvases.active
+    columns = torch.arange(length, device=active.device)
+    if segments.length.shape[1] == 1:
+        begins = -canvases.low
+    else:
+        begins = segments.length.cumsum(1) - segments.length
+        begins = begins[:, -num_canvases:] - canvases.low
     # With a shift the row of column j - 1 predicts column j.
     offset = begins[:, :, None] + (columns - int(facts.family.shifts)).clamp(min=0)
-    offsets, needs = [column, offset.flatten(1)], [needed, active.flatten(1)]
-    if facts.guesses:
-        # A seed is guessed where this step may fill the last masked position.
-        width = canvases.width[:, :1]
-        masked = (canvases.tokens[:, 0] == facts.mask_token_id) & (columns < width)
-        guesses = canvases.exists[:, 0] & options.fuses & (active[:, 0] == masked).all(1)
-        guesses &= high[:, 0] == width[:, 0]  # the last column is among the rows
-        needs.append(guesses[:, None])
-        offsets.append(begins[:, :1] + width - 1)
-    return column.shape[1], Rows(torch.cat(needs, 1), torch.cat(offsets, 1))
+    if not facts.guesses:
+        return active.flatten(1), offset.flatten(1)
+    # A seed is guessed where this step may fill the last masked position.
+    width = canvases.width[:, :1]
+    masked = (canvases.tokens[:, 0] == facts.mask_token_id) & (columns < width)
+    guesses = canvases.exists[:, 0] & options.fuses & (active[:, 0] == masked).all(1)
+    guesses &= canvases.high[:, 0] == width[:, 0]  # the last column is among the rows
+    needed = torch.cat([active.flatten(1), guesses[:, None]], 1)
+    return needed, torch.cat([offset.flatten(1), begins[:, :1] + width - 1], 1)
 
 
 class Predicted(NamedTuple):

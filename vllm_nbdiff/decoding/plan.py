@@ -20,7 +20,7 @@ from vllm_nbdiff.decoding import fan_out, versions
 from vllm_nbdiff.decoding.canvas import NO_TOKEN, Canvas, CanvasTable, Options, width_at
 from vllm_nbdiff.decoding.needed import Rows, needed_rows
 from vllm_nbdiff.decoding.rules import active_positions, even_quota, fill_quota
-from vllm_nbdiff.decoding.segments import Canvases, Segments, lay_out
+from vllm_nbdiff.decoding.segments import Canvases, Segments, lay_out, own_canvas
 from vllm_nbdiff.families.family import NBDIFF, Family
 
 
@@ -40,6 +40,8 @@ class Facts(NamedTuple):
     versions: int = 0  # most versions of a request's canvas
     fan_out: int = 0  # most break points of a request for which canvases are looked at
     denoises: bool = True  # some canvas is looked at otherwise
+    texts: bool = True  # some request takes part with text
+    looks: bool = True  # some does with a canvas
     rows: int = 0  # most rows of logits that one request needs
     family: Family = NBDIFF
     blocks: int = 1  # most segments of a request's text: blocks of a prompt, where they see all
@@ -50,6 +52,14 @@ class Facts(NamedTuple):
     def exclusive(self) -> bool:
         """Whether every request has one segment at most."""
         return not (self.fuses or self.versions or self.fan_out or self.blocks > 1)
+
+    def of_forward(self, text: Tensor) -> Facts:
+        """What is known of a forward that reads `text` [B] columns, where values may be read."""
+        if self.static or self.prefills or self.fan_out:
+            return self
+        reads = text > 0
+        texts = bool(reads.any())
+        return self._replace(texts=texts, looks=not texts or self.fuses or not reads.all())
 
     @property
     def guesses(self) -> bool:
@@ -116,10 +126,16 @@ def make_plan(
     if facts.fan_out:
         drafting = (options.fan_out > 0) & decodes
         text = torch.where(drafting, fan_out.text_of(table, state, options, batch, count), text)
+    facts = facts.of_forward(text)
+    if not facts.looks:
+        none = torch.zeros_like(full)
+        empty = torch.zeros_like(masked)
+        canvases = own_canvas(state.tokens, empty, none, state.start, state.width, None)
+        return _plan_texts(state, options, batch, facts, text, canvases)
 
     start, width, step, canvas = state.start, state.width, state.step, state.tokens
     ahead = torch.zeros_like(full)
-    if facts.fuses:
+    if facts.fuses and facts.texts:
         ahead = _runs_ahead(state, options, batch, text, facts)
         start = torch.where(ahead, start + text, start)
         width = torch.where(ahead, width_at(options, start, facts.max_model_len), width)
@@ -128,7 +144,7 @@ def make_plan(
         if facts.guesses:
             canvas[:, 0] = torch.where(ahead, state.guess, canvas[:, 0])
         masked = (canvas == mask) & (columns < width[:, None]) & decodes[:, None]
-    if facts.verifies:
+    if facts.verifies and facts.texts:
         masked &= ((text == 0) | ahead)[:, None]
     num_masked = masked.sum(1)
     quota = _quotas(options, step, num_masked, facts)
@@ -138,13 +154,10 @@ def make_plan(
         known = within & ~masked & (options.edits & decodes & (text == 0))[:, None]
         active, look = active | known, look | known.any(1)
     ahead &= look
-    low, high = torch.zeros_like(width), width
+    computed = None
     if facts.caches:
-        low, high = _looked_columns(state, options, facts, active, width, look & ~ahead)
-
-    own_pages = torch.zeros_like(width)
-    one = (canvas, active, look, start, width, low, high, width, own_pages)
-    canvases = Canvases(*(field[:, None] for field in one))
+        computed = _looked_columns(state, options, facts, active, width, look & ~ahead)
+    canvases = own_canvas(canvas, active, look, start, width, computed)
     canvases = versions.add(table, state, options, batch, facts, canvases)
     if facts.fan_out:
         own = fan_out.canvases(table, state, options, batch, facts, drafting, text)
@@ -157,6 +170,27 @@ def make_plan(
     return Plan(
         state, options, segments, rows, num_next, canvases, text, reads, look, ahead, step, quota
     )
+
+
+def _plan_texts(
+    state: Canvas,
+    options: Options,
+    batch: Batch,
+    facts: Facts,
+    text: Tensor,
+    canvases: Canvases,
+) -> Plan:
+    """The plan of a forward in which no canvas is denoised but `canvases` behind break points."""
+    segments = lay_out(state, batch, facts, text, canvases)
+    num_next, rows = needed_rows(options, batch, facts, segments, text, canvases)
+    reads = text > 0
+    if facts.prefills:
+        reads |= batch.prompt_ends
+    nobody = torch.zeros_like(reads)
+    return Plan(
+        state, options, segments, rows, num_next, canvases, text, reads, nobody, nobody,
+        state.step, None,
+    )  # fmt: skip
 
 
 def _plan_verified(
@@ -176,14 +210,7 @@ def _plan_verified(
     """
     text = torch.where(decodes, fan_out.text_of(table, state, options, batch, count), 0)
     canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text)
-    segments = lay_out(state, batch, facts, text, canvases)
-    num_next, rows = needed_rows(options, batch, facts, segments, text, canvases)
-    nobody = torch.zeros_like(decodes)
-    reads = (text > 0) | batch.prompt_ends if facts.prefills else text > 0
-    return Plan(
-        state, options, segments, rows, num_next, canvases, text, reads, nobody, nobody,
-        state.step, None,
-    )  # fmt: skip
+    return _plan_texts(state, options, batch, facts, text, canvases)
 
 
 def fixed_columns(options: Options, start: Tensor) -> Tensor:

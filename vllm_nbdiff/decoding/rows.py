@@ -93,12 +93,11 @@ def token_rows(segments: Segments, given: tuple[Tensor, int] | None) -> TokenRow
         owner = torch.searchsorted(bounds, row, right=True).clamp(max=num_reqs - 1)
         offset = row - start[owner]
         valid = offset < ends[owner, -1]
-    segment = owner
+    segment, begin = owner, ends - segments.length
     if num_segments > 1:
         inside = (offset[:, None] >= ends[owner]).sum(1).clamp(max=num_segments - 1)
         segment = owner * num_segments + inside
-    begin = (ends - segments.length).flatten()[segment]
-    position = segments.first.flatten()[segment] + offset - begin
+    position = (segments.first - begin).flatten()[segment] + offset
     length = segments.tokens.shape[2]
     column = (position - segments.base.flatten()[segment]).clamp(0, length - 1)
     return TokenRows(owner, offset, segment, position, segment * length + column, valid)

@@ -114,10 +114,9 @@ def _greedy_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
     """`greedy` of few rows."""
     if logits.shape[1] < _SPLIT:
         x = logits.float()
-        top, best = x.max(-1)
-        sound = top.isfinite()
-        probability = (top - x.logsumexp(-1)).exp_().where(sound, 0)
-        return best.where(sound, 0), probability
+        # NaN where a row means nothing; else at least 1 / V.
+        probability = x.softmax(-1).amax(-1).nan_to_num_(nan=0)
+        return x.max(-1).indices * (probability > 0), probability
     x = padded(logits)
     best, top = likeliest(x)
     probability = probability_of(x.flatten(1).softmax(-1), best)

@@ -33,6 +33,26 @@ class Canvases(NamedTuple):
     moved: Tensor  # int64, pages by which its pages lie behind those where text belongs
 
 
+def own_canvas(
+    tokens: Tensor,
+    active: Tensor,
+    exists: Tensor,
+    start: Tensor,
+    width: Tensor,
+    computed: tuple[Tensor, Tensor] | None,
+) -> Canvases:
+    """One canvas a request, where its text belongs: [B, L] and [B] in place of a C of 1.
+
+    Args:
+        computed: [B] int64 each, first column that is, and the one behind the last; None: all are.
+    """
+    tokens, active, exists = tokens.unsqueeze(1), active.unsqueeze(1), exists.unsqueeze(1)
+    start, width = start.unsqueeze(1), width.unsqueeze(1)
+    here = torch.zeros_like(width)
+    low, high = (here, width) if computed is None else (own.unsqueeze(1) for own in computed)
+    return Canvases(tokens, active, exists, start, width, low, high, width, here)
+
+
 class Segments(NamedTuple):
     """[B, S] each, in the order of a request's rows."""
 
@@ -66,10 +86,17 @@ def lay_out(
         if block_causal:
             prompt = (batch.computed + prompt) // block * block - batch.computed
         text_rows = torch.where(batch.decodes, text, prompt)
-    reads = text_rows > 0
-    looked = torch.where(exists, high - low, 0)
+    if not facts.looks:
+        first, length = text_start[:, None], text_rows[:, None]
+        causal = torch.full_like(length, not block_causal, dtype=torch.bool)
+        return Segments(first, length, first + length, causal, moved, tokens, start)
+    looked = (high - low) * exists
     # With the block cache the KV of columns that are not computed is seen as well.
     seen = start + canvases.seen
+    if not facts.texts:
+        causal = torch.zeros_like(exists)
+        return Segments(start + low, looked, seen, causal, moved, tokens, start)
+    reads = text_rows > 0
     if facts.exclusive:
         causal = torch.zeros_like(reads) if block_causal else reads
         return Segments(

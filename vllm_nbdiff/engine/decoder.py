@@ -159,8 +159,9 @@ class Decoder:
             ends &= self.emitted.count < batch.scheduled
             chance = spread[1][:, : plan.num_next]
             ends = self.sampler.grammars.possible(ends, chance, text.length, self.schedule)
-            self.emitted.append(text.seed[:, None], ends.long())
-            self.emitted.ended |= ends
+            if self._worth(ends):
+                self.emitted.append(text.seed[:, None], ends.long())
+                self.emitted.ended |= ends
         state = decide.begin_canvases(self.table, plan, text, batch, facts)
         hit = torch.zeros_like(text.kept)
         if facts.fan_out:
@@ -173,8 +174,7 @@ class Decoder:
         return state, looked | text.kept
 
     def _emit(self, tokens: Tensor, columns: Tensor, start: Tensor) -> None:
-        """Emit the first `columns` [B] of canvases `tokens` [B, L] at `start` [B], but for what is
-        of a prompt."""
+        """Emit the first `columns` [B] of canvases `tokens` [B, L] at `start` [B], no prompt."""
         if self.schedule.facts.family.block_causal:
             fixed = fixed_columns(self._options, start)
             places = self.table.columns + fixed[:, None]

@@ -40,6 +40,7 @@ class Forward:
 
     segments: Segments
     rows: TokenRows
+    begin: Tensor  # [B] int64, first row of each request
     input_ids: Tensor  # [T] int32
     metadata: dict[str, Any]
     slot_mapping: dict[str, Tensor]
@@ -109,9 +110,10 @@ class PagedBatch:
             metadata = self._own_metadata(segments, slots, facts)
         ids = rows.tokens(segments, self._prompt_ids(rows, facts), batch.decodes)
         count = segments.length.sum(1)
-        self._copy(plan, facts, count.cumsum(0) - count)
+        begin = count.cumsum(0) - count
+        self._copy(plan, facts, begin)
         self._previous = Forward(
-            segments, rows, ids.int(), metadata, slot_mapping, self.vllm_config
+            segments, rows, begin, ids.int(), metadata, slot_mapping, self.vllm_config
         )
         return self._previous
 
@@ -205,7 +207,8 @@ class PagedBatch:
         if segments.moved.shape[1] > 1:
             page = page + segments.moved.flatten()[rows.segment]
         table = self.block_tables[0]
-        page = page.clamp(max=table.shape[1] - 1)
+        if rows.valid is not None:  # padding may lie anywhere
+            page = page.clamp(max=table.shape[1] - 1)
         return table[rows.owner, page].long() * self.page_size + rows.position % self.page_size
 
     def _copy(self, plan: Plan, facts: Facts, begin: Tensor) -> None:
@@ -241,15 +244,16 @@ class PagedBatch:
 
     def _own_metadata(self, segments: Segments, slots: Tensor, facts: Facts) -> dict[str, Any]:
         """Attention metadata of the segments that have rows."""
-        owner, place = segments.length.nonzero(as_tuple=True)
-        used = owner * segments.length.shape[1] + place
-        length = segments.length.flatten()[used]
-        kv_length = segments.kv_length.flatten()[used].int()
+        table = self._segment_tables(segments, facts)
+        fields = (segments.length, segments.kv_length, segments.causal, table)
+        used = segments.length > 0
+        if used.all():
+            length, kv_length, causal, tables = (field.flatten(0, 1) for field in fields)
+        else:
+            length, kv_length, causal, tables = (field[used] for field in fields)
         starts = torch.zeros(len(length) + 1, dtype=torch.int32)
-        starts[1:] = length.cumsum(0)
-        causal = segments.causal.flatten()[used].int()
-        tables = self._segment_tables(segments, facts)[owner, place]
-        arrays = SegmentArrays(starts, kv_length, causal, tables)
+        torch.cumsum(length, 0, out=starts[1:])
+        arrays = SegmentArrays(starts, kv_length.int(), causal.int(), tables)
         return self._metadata(arrays, slots, int(length.max()), int(kv_length.max()))
 
     def _metadata(

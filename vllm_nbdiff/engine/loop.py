@@ -88,7 +88,7 @@ class ForwardLoop:
         scheduled = torch.from_numpy(runner.num_scheduled_tokens[: len(count)])
         owner = torch.arange(len(count)).repeat_interleave(scheduled)
         offset = torch.arange(len(owner)) - runner.query_start_loc[owner]
-        begin = count.cumsum(0) - count
+        begin = forward.begin
         last = (begin + count - 1).clamp(min=0)
         return torch.minimum(begin[owner] + offset, last[owner])
 
@@ -101,8 +101,7 @@ class ForwardLoop:
 
     def _needed_rows(self, forward: Forward) -> torch.Tensor:
         """[n] int64, the rows of a forward of its own rows that need logits."""
-        count = forward.segments.length.sum(1)
-        return self.decoder.logits_rows(count.cumsum(0) - count)
+        return self.decoder.logits_rows(forward.begin)
 
     def run(self, logits: torch.Tensor) -> None:
         """Decide the first forward, and run and decide those that follow it."""

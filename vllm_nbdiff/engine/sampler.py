@@ -41,16 +41,17 @@ class RowSampler:
 
     def draw(self, logits: Tensor, plan: Plan, packed: Packed, schedule: Schedule) -> Drawn:
         """Draw from `logits` [n, V], which it may change, for the rows that are `packed`."""
-        fills = self._fills(plan, packed)
+        texts = self._texts(plan, packed)
         if self.logprobs.asked:
             self._logits, self._mask_logits = logits, logits[:, self.mask_token_id].clone()
         self._groups = self._constrained(logits, plan, packed, schedule)
         self._params = params = self._row_params(plan, packed, schedule)
         parts = []
         for rows, part in self._groups:
-            own = fills if rows is None else fills[rows]
-            # Text never holds the mask; a canvas position may keep it.
-            part[:, self.mask_token_id].masked_fill_(~own, -torch.inf)
+            if texts is not None:
+                own = texts if rows is None else texts[rows]
+                # Text never holds the mask; a canvas position may keep it.
+                part[:, self.mask_token_id].masked_fill_(own, -torch.inf)
             needed = packed.valid if rows is None or packed.valid is None else packed.valid[rows]
             own_params = params if rows is None or params is None else params[rows]
             parts.append(draw_rows(part, own_params, self.mask_token_id, needed))
@@ -112,10 +113,12 @@ class RowSampler:
         params = None if self._params is None else self._params[rows]
         return process(logits, params, self.mask_token_id)
 
-    def _fills(self, plan: Plan, packed: Packed) -> Tensor:
-        """[n] bool: whether a row is for a canvas position."""
-        end = plan.num_next + plan.canvases.active[0].numel()
-        return (packed.place >= plan.num_next) & (packed.place < end)
+    def _texts(self, plan: Plan, packed: Packed) -> Tensor | None:
+        """[n] bool: whether a row is not for a canvas position; None: each is for one."""
+        end, count = plan.num_next + plan.canvases.active[0].numel(), plan.rows.needed.shape[1]
+        if packed.valid is None and end >= count:
+            return packed.place < plan.num_next if plan.num_next else None
+        return (packed.place < plan.num_next) | (packed.place >= end)
 
     def _row_params(self, plan: Plan, packed: Packed, schedule: Schedule) -> RowParams | None:
         """None where all are greedy and ranked by probability."""
