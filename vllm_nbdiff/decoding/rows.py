@@ -2,8 +2,9 @@
 """From what a forward may need to what it computes: rows of logits and rows of tokens.
 
 Where shapes may depend on values, a CPU, only what is needed is computed. Where they may not, a
-device with CUDA graphs, the host says how many rows there are and the rest is padding. This is the
-one place in which the two differ.
+device with CUDA graphs, the host says how many rows there are and the rest is padding. Here
+alone the two differ, but for work that a CPU leaves out where it sees that there is none (such as
+`Facts.of_forward`).
 """
 
 from __future__ import annotations
