@@ -26,22 +26,37 @@ def plan_of(
     **columns: Any,
 ) -> Plan:
     """Of a canvas of `tokens` at `start`, whose request has pages below `room`."""
-    length, device = len(tokens), torch.device("cpu")
-    table = CanvasTable(1, length, 16, device)
-    one = torch.ones(1, dtype=torch.int64)
+    table = CanvasTable(1, len(tokens), 16, torch.device("cpu"))
     if confidence is not None:
         table.rank[0] = torch.tensor(confidence)
     if proposed is not None:
         table.proposed[0] = torch.tensor(proposed)
+    own = {name: [value] for name, value in columns.items()}
+    return plan_of_batch(table, [start], [tokens], [NO_TOKEN], page_size, room, facts, own)
+
+
+def plan_of_batch(
+    table: CanvasTable,
+    starts: list[int],
+    canvases: list[list[int]],
+    guesses: list[int],
+    page_size: int,
+    room: int,
+    facts: dict[str, Any],
+    columns: dict[str, list[Any]],
+) -> Plan:
+    """Of several requests with pages below `room` each; `columns` of their options."""
+    count, length = len(canvases), len(canvases[0])
+    one = torch.ones(count, dtype=torch.int64)
     state = Canvas(
-        torch.tensor([tokens]), start * one, length * one, 0 * one, NO_TOKEN * one, -one, 0 * one,
-        0 * one,
+        torch.tensor(canvases), torch.tensor(starts), length * one, 0 * one,
+        torch.tensor(guesses), -one, 0 * one, 0 * one,
     )  # fmt: skip
     defaults = {"block_length": length, "sub_block_length": length, "max_steps": 1 << 30}
     defaults |= {"last_position": 1 << 30}
-    own = options(**{name: [value] for name, value in (defaults | columns).items()})
+    own = options(**{name: [value] * count for name, value in defaults.items()} | columns)
     batch = Batch(
-        slot=0 * one,
+        slot=torch.arange(count),
         decodes=one > 0,
         scheduled=room * one,
         computed=0 * one,

@@ -3,62 +3,124 @@
 
 from typing import Any
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.decoding.plans import MASK, plan_of
+from tests.decoding.plans import MASK, plan_of_batch
+from vllm_nbdiff.decoding.canvas import NO_TOKEN, CanvasTable
 from vllm_nbdiff.decoding.plan import Plan
 from vllm_nbdiff.decoding.rows import token_rows
+from vllm_nbdiff.families.family import NBDIFF, SDAR
 
-LENGTH = 8
+LENGTH = 4
+KNOWN = 5
 
 
-def computed(plan: Plan) -> tuple[list[Any], list[Any]]:
-    """Rows of the forward, each with what it sees, and what is predicted from which row."""
+def computed(plan: Plan, request: int) -> tuple[list[Any], list[Any]]:
+    """Rows of a request in the forward, each with what it sees, and what is predicted from which
+    row."""
     segments = plan.segments
     rows = token_rows(segments, None)
-    seen = [
-        (int(segments.kv_length.flatten()[place]), bool(segments.causal.flatten()[place]))
-        for place in rows.segment.tolist()
-    ]
-    tokens = segments.tokens.flatten()[rows.canvas].tolist()
-    places = plan.rows.needed[0].nonzero()[:, 0].tolist()
-    offsets = plan.rows.offset[0, places].tolist()
-    predicted = [
-        ("next", place) if place < plan.num_next else ("canvas", place - plan.num_next)
-        for place in places
-    ]
-    forward = list(zip(rows.position.tolist(), tokens, seen, strict=True))
-    return forward, list(zip(predicted, offsets, strict=True))
+    own = [row for row, owner in enumerate(rows.owner.tolist()) if owner == request]
+    places = rows.segment[own]
+    seen = zip(
+        segments.kv_length.flatten()[places].tolist(),
+        segments.causal.flatten()[places].tolist(),
+        segments.moved.flatten()[places].tolist(),
+        strict=True,
+    )
+    tokens = segments.tokens.flatten()[rows.canvas[own]].tolist()
+    forward = list(zip(rows.position[own].tolist(), tokens, seen, strict=True))
+    needed = plan.rows.needed[request].nonzero()[:, 0].tolist()
+    end = plan.num_next + plan.canvases.active[0].numel()
+
+    def purpose(place: int) -> tuple[str, int]:
+        if place < plan.num_next:
+            return "next", place
+        return ("guess", 0) if place >= end else ("canvas", place - plan.num_next)
+
+    offsets = plan.rows.offset[request, needed].tolist()
+    return forward, list(zip(map(purpose, needed), offsets, strict=True))
 
 
-@given(
-    tokens=st.lists(st.sampled_from([3, MASK]), min_size=LENGTH - 1, max_size=LENGTH - 1),
-    verifies=st.booleans(),
-    others_verify=st.booleans(),
-    max_steps=st.sampled_from([0, 1, 1 << 30]),
-    fuses=st.booleans(),
-    start=st.integers(0, 40),
+canvas = st.lists(st.sampled_from([KNOWN, MASK]), min_size=LENGTH, max_size=LENGTH)
+one = st.fixed_dictionaries(
+    {
+        "tokens": st.one_of(canvas, st.just([KNOWN] * LENGTH)),
+        "verifies": st.booleans(),
+        "drafted": st.booleans(),  # as often as it asks for
+        "fuses": st.booleans(),
+        "guess": st.sampled_from([NO_TOKEN, 3]),
+        "block": st.integers(1, 9),
+        "inside": st.integers(0, LENGTH - 1),  # tokens of the prompt in its last block
+    }
 )
+
+
+@given(requests=st.lists(one, min_size=1, max_size=3), block_causal=st.booleans())
 def test_forwards_without_texts_or_without_canvases(
-    tokens: list[int],
-    verifies: bool,
-    others_verify: bool,
-    max_steps: int,
-    fuses: bool,
-    start: int,
+    requests: list[dict[str, Any]], block_causal: bool
 ) -> None:
-    """`max_steps` 0: a draft is done and its text is verified."""
-    facts = {"verifies": verifies or others_verify, "fuses": fuses}
-    options = {"verifies": verifies, "max_steps": max_steps if verifies else 1 << 30}
-    options["fuses"] = fuses and not verifies
-    plans = [
-        plan_of(start, [5, *tokens], 16, 200, facts | {"static": static}, **options)
+    """Every mixture of canvases that are denoised, committed, verified, and denoised ahead."""
+    family = SDAR if block_causal else NBDIFF
+    verifies = [r["verifies"] and not block_causal for r in requests]
+    fuses = [r["fuses"] and not own for r, own in zip(requests, verifies, strict=True)]
+    columns = {
+        "verifies": verifies,
+        "fuses": fuses,
+        "max_steps": [
+            0 if own and r["drafted"] else 1 << 30
+            for r, own in zip(requests, verifies, strict=True)
+        ],
+        "prompt_length": [r["block"] * LENGTH + r["inside"] for r in requests],
+    }
+    canvases = [r["tokens"] if block_causal else [KNOWN, *r["tokens"][1:]] for r in requests]
+    facts = {"verifies": any(verifies), "fuses": any(fuses), "family": family}
+    own, padded = (
+        plan_of_batch(
+            CanvasTable(len(requests), LENGTH, 16, torch.device("cpu")),
+            [r["block"] * LENGTH for r in requests],
+            canvases,
+            [r["guess"] if fused else NO_TOKEN for r, fused in zip(requests, fuses, strict=True)],
+            page_size=16,
+            room=200,
+            facts=facts | {"static": static},
+            columns=columns,
+        )
         for static in (False, True)
-    ]
-    own, padded = plans
-    assert computed(own) == computed(padded)
-    if not fuses:
-        assert own.num_next in (0, own.rows.needed.shape[1])
+    )
+    for request in range(len(requests)):
+        assert computed(own, request) == computed(padded, request)
     for field in ("text", "reads", "look", "ahead", "step"):
         assert getattr(own, field).tolist() == getattr(padded, field).tolist(), field
+    if not any(fuses):
+        texts, looks = bool((own.text > 0).any()), bool((own.text == 0).any())
+        assert own.rows.needed.shape[1] == own.num_next + (LENGTH if looks else 0)
+        assert bool(own.num_next) == texts
+
+
+def test_masks_of_a_prompt_stay_where_they_are() -> None:
+    """Beside a neighbour that commits as without one, where blocks see all of themselves."""
+    tail = [KNOWN, MASK, MASK, MASK]  # of a prompt whose last token is a mask
+
+    def active(*canvases: list[int]) -> list[bool]:
+        count = len(canvases)
+        plan = plan_of_batch(
+            CanvasTable(count, LENGTH, 16, torch.device("cpu")),
+            [8] * count,
+            list(canvases),
+            [NO_TOKEN] * count,
+            page_size=16,
+            room=200,
+            facts={"verifies": False, "fuses": True, "family": SDAR},
+            columns={
+                "prompt_length": [10] * count,
+                "fuses": [True] * count,
+                "verifies": [False] * count,
+            },
+        )
+        columns: list[bool] = plan.canvases.active[0, 0].tolist()
+        return columns
+
+    assert active(tail) == active(tail, [KNOWN] * LENGTH) == [False, False, True, True]

@@ -110,7 +110,8 @@ def choose(plan: Plan, proposal: Proposal, looked: Tensor, facts: Facts) -> Tens
         edited = active & ~masked & (proposal.token != proposal.canvas)
         edited &= proposal.probability > options.editing_threshold[:, None]
         active &= masked
-    if facts.static or plan.quota is None or (active.sum(1) > plan.quota).any():
+    filled = active
+    if facts.static or not _all_are_due(active, proposal.confidence, plan.quota):
         filled = select(
             facts.rules,
             options.rule,
@@ -120,9 +121,15 @@ def choose(plan: Plan, proposal: Proposal, looked: Tensor, facts: Facts) -> Tens
             options.threshold,
             plan.quota,
         )
-    else:
-        filled = active
     return filled if edited is None else filled | edited
+
+
+def _all_are_due(active: Tensor, confidence: Tensor, quota: Tensor | None) -> bool:
+    """Whether a step fills all `active` [B, L] columns, by whatever rule; reads values."""
+    if quota is None or (active.sum(1) > quota).any():
+        return False
+    # What has no confidence ranks no higher than what is not active.
+    return torch.equal(active & (confidence > -torch.inf), active)
 
 
 def take_likeliest(

@@ -143,7 +143,8 @@ def make_plan(
         canvas = torch.where(ahead[:, None], mask, canvas)
         if facts.guesses:
             canvas[:, 0] = torch.where(ahead, state.guess, canvas[:, 0])
-        masked = (canvas == mask) & (columns < width[:, None]) & decodes[:, None]
+        next_masked = (canvas == mask) & (columns < width[:, None])
+        masked = torch.where(ahead[:, None], next_masked, masked)
     if facts.verifies and facts.texts:
         masked &= ((text == 0) | ahead)[:, None]
     num_masked = masked.sum(1)
