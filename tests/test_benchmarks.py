@@ -22,6 +22,7 @@ from benchmarks.budget import Budget
 from benchmarks.canvases import Canvases
 from benchmarks.engines import AR, DIFFUSION, OURS, STOCK, Sample
 from benchmarks.forward_timer import Clock, ForwardTimer
+from benchmarks.nano import CHECKPOINT, SCHEMA, NanoJson
 from benchmarks.random_model import StepMix, find_chance, find_step_mix
 from benchmarks.report import make_row
 from vllm_nbdiff.decoding.decide import read_text
@@ -215,3 +216,10 @@ def test_forced_drafts_give_the_tokens_asked_for(tokens: float) -> None:
     following = packed.spread(forced.token, *plan.rows.needed.shape)[:, : plan.num_next]
     text = read_text(canvases.table, plan, canvases.batch, facts, following)
     assert text.length.double().mean() == pytest.approx(tokens, rel=0.03)
+
+
+def test_json_requests_bring_the_schema_beside_the_modes_options() -> None:
+    request = NanoJson(CHECKPOINT, 2).requests("verify", 1, 1)[0]
+    assert request.params.structured_outputs.json == SCHEMA
+    assert request.params.extra_args == {"nbdiff_mode": "verify"}
+    assert request.problem is None, "no answer of that form is right"

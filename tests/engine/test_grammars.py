@@ -12,6 +12,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
+from benchmarks.nano import SCHEMA
 from tests.conftest import counter, in_process, options, tokens_of
 from tests.engine.grammar_cases import is_valid, random_constraint
 from vllm_nbdiff.adapt import problems
@@ -279,18 +280,12 @@ def test_requests_name_the_schedulers_backend(plain_engine: Any) -> None:
 
 def test_drafts_follow_the_grammar(plain_engine: Any) -> None:
     """What is forced is drafted: far fewer forwards than tokens."""
-    schema = {
-        "type": "object",
-        "properties": {name: {"type": "integer", "maximum": 9} for name in ("first", "second")},
-        "required": ["first", "second"],
-        "additionalProperties": False,
-    }
     steps = "vllm:diffusion_num_denoising_steps"
     counts = []
     for extra in LOSSLESS[:2]:
         before = counter(plain_engine, steps)
         outputs = generate(
-            plain_engine, [(p, params({"json": schema}, extra_args=extra)) for p in PROMPTS[:8]]
+            plain_engine, [(p, params({"json": SCHEMA}, extra_args=extra)) for p in PROMPTS[:8]]
         )
         tokens = sum(map(len, tokens_of(outputs)))
         counts.append((counter(plain_engine, steps) - before) / tokens)
