@@ -74,10 +74,12 @@ class Run:
         self.progress = progress
         self.rows: list[Row] = []
         cells = len(options.models) * len(options.batches)
-        cells += len(JSON_BATCHES) if "nano" in options.models else 0
-        self.budget = Budget(60 * options.minutes, cells)
-        total = len(options.modes) * cells * (options.rounds + 1)
-        self.bar = progress.add_task("start", total=total)
+        json_cells = len(JSON_BATCHES) if "nano" in options.models else 0
+        # FreeDave takes no grammar.
+        self.json_modes = [mode for mode in options.modes if mode != FREEDAVE]
+        self.budget = Budget(60 * options.minutes, cells + json_cells)
+        total = len(options.modes) * cells + len(self.json_modes) * json_cells
+        self.bar = progress.add_task("start", total=total * (options.rounds + 1))
 
     def nano(self) -> dict[str, float]:
         """Measure the bundled checkpoint; returns tokens per forward by mode."""
@@ -90,8 +92,7 @@ class Run:
                 for mode in self.options.modes
             }
             workload = NanoJson(self.options.nano, JSON_PROBLEMS)
-            modes = [mode for mode in self.options.modes if mode != FREEDAVE]  # takes no grammar
-            self.measure(workload, engines, modes, JSON_BATCHES)
+            self.measure(workload, engines, self.json_modes, JSON_BATCHES)
         return reached
 
     def random_125m(self, tpf: float, verify_tpf: float) -> StepMix:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plot saved results: tokens a second over AR by requests in flight, a panel a model.
+"""Plot saved results: tokens a second over AR by requests in flight, a panel a model; models with
+one number of requests are left out.
 
 python -m benchmarks.plot benchmarks/results/cpu-*.json --out benchmarks/results/cpu.png
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +20,9 @@ import matplotlib.pyplot as plt
 
 def draw(rows: list[dict[str, object]], out: Path) -> None:
     """Write the figure for rows of `benchmarks.report.Row`."""
-    models = list(dict.fromkeys(str(row["model"]) for row in rows))
+    cells = dict.fromkeys((str(row["model"]), row["batch"]) for row in rows)
+    counts = Counter(model for model, _ in cells)
+    models = [model for model in counts if counts[model] > 1]
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 4), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         for mode in dict.fromkeys(str(row["mode"]) for row in rows):

@@ -33,12 +33,11 @@ def computed(plan: Plan, request: int) -> tuple[list[Any], list[Any]]:
     tokens = segments.tokens.flatten()[rows.canvas[own]].tolist()
     forward = list(zip(rows.position[own].tolist(), tokens, seen, strict=True))
     needed = plan.rows.needed[request].nonzero()[:, 0].tolist()
-    end = plan.num_next + plan.canvases.active[0].numel()
 
     def purpose(place: int) -> tuple[str, int]:
         if place < plan.num_next:
             return "next", place
-        return ("guess", 0) if place >= end else ("canvas", place - plan.num_next)
+        return ("guess", 0) if place >= plan.end_of_fill else ("canvas", place - plan.num_next)
 
     offsets = plan.rows.offset[request, needed].tolist()
     return forward, list(zip(map(purpose, needed), offsets, strict=True))
@@ -94,6 +93,8 @@ def test_forwards_without_texts_or_without_canvases(
         assert computed(own, request) == computed(padded, request)
     for field in ("text", "reads", "look", "ahead", "step"):
         assert getattr(own, field).tolist() == getattr(padded, field).tolist(), field
+    rows = own.text + LENGTH * own.look.long()
+    assert own.segments.length.sum(1).tolist() == rows.tolist()
     if not any(fuses):
         texts, looks = bool((own.text > 0).any()), bool((own.text == 0).any())
         assert own.rows.needed.shape[1] == own.num_next + (LENGTH if looks else 0)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What follows from a forward: text is committed or verified, canvases are begun and filled.
 
-Pure functions on tensors that read nothing back. B requests, canvases of L columns.
+Pure functions on tensors that with static shapes read nothing back. B requests, canvases of L
+columns.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def decided(plan: Plan, token: Tensor, filled: Filled | None) -> tuple[Tensor, T
         filled: None: no canvas was denoised.
     """
     first, num_canvases = plan.num_next, plan.canvases.tokens.shape[1]
-    last = first + plan.canvases.active[0].numel()
+    last = plan.end_of_fill
     used = plan.rows.needed.clone()
     used[:, first:] = False  # a seed that was guessed is drawn again when its block is committed
     if filled is None:

@@ -5,8 +5,8 @@ A request takes part with text (prompt tokens, a full canvas that is committed, 
 are verified), with canvases (one to denoise, and versions of it), or both: the commit of a block
 and the first denoise step of the next one, whose seed is guessed or does not exist.
 
-Pure functions on tensors that read nothing back. B requests, S segments and C canvases of L columns
-each, K rows that may be needed; what of them is used is a value, not a shape.
+Pure functions on tensors that with static shapes read nothing back. B requests, S segments and C
+canvases of L columns each, K rows that may be needed; what of them is used is a value, not a shape.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Facts(NamedTuple):
     versions: int = 0  # most versions of a request's canvas
     fan_out: int = 0  # most break points of a request for which canvases are looked at
     denoises: bool = True  # some canvas is looked at otherwise
-    texts: bool = True  # some request takes part with text
-    looks: bool = True  # some does with a canvas
+    texts: bool = True  # some request takes part with text; only `of_forward` says no
+    looks: bool = True  # some does with a canvas; likewise
     rows: int = 0  # most rows of logits that one request needs
     family: Family = NBDIFF
     blocks: int = 1  # most segments of a request's text: blocks of a prompt, where they see all
@@ -54,7 +54,8 @@ class Facts(NamedTuple):
         return not (self.fuses or self.versions or self.fan_out or self.blocks > 1)
 
     def of_forward(self, text: Tensor) -> Facts:
-        """What is known of a forward that reads `text` [B] columns, where values may be read."""
+        """What is known, while it is planned, of a forward that reads `text` [B] columns, where
+        values may be read."""
         if self.static or self.prefills or self.fan_out:
             return self
         reads = text > 0
@@ -82,6 +83,15 @@ class Batch(NamedTuple):
     last multiple of L on; anything behind its end."""
 
 
+class Denoised(NamedTuple):
+    """What `Plan` says of canvases that are denoised, by the same names."""
+
+    look: Tensor
+    ahead: Tensor
+    step: Tensor
+    quota: Tensor | None
+
+
 class Plan(NamedTuple):
     """One forward. "Looked at" is the canvas that is denoised, if any, and its versions; or those
     that begin where a text that is verified may break off."""
@@ -98,6 +108,11 @@ class Plan(NamedTuple):
     ahead: Tensor  # [B] bool, it is the next one, behind `text`
     step: Tensor  # [B] int64, denoise steps done on it
     quota: Tensor | None  # [B] int64, least number of columns to fill; None: 1
+
+    @property
+    def end_of_fill(self) -> int:
+        """How many of the K rows are NEXT or FILL, where some canvas is looked at."""
+        return self.num_next + self.canvases.active[0].numel()
 
 
 def make_plan(
@@ -131,7 +146,7 @@ def make_plan(
         none = torch.zeros_like(full)
         empty = torch.zeros_like(masked)
         canvases = own_canvas(state.tokens, empty, none, state.start, state.width, None)
-        return _plan_texts(state, options, batch, facts, text, canvases)
+        return _plan_of(state, options, batch, facts, text, canvases, None)
 
     start, width, step, canvas = state.start, state.width, state.step, state.tokens
     ahead = torch.zeros_like(full)
@@ -163,35 +178,29 @@ def make_plan(
     if facts.fan_out:
         own = fan_out.canvases(table, state, options, batch, facts, drafting, text)
         canvases = fan_out.joined(drafting, own, canvases)
-    segments = lay_out(state, batch, facts, text, canvases)
-    num_next, rows = needed_rows(options, batch, facts, segments, text, canvases)
-    reads = text > 0
-    if facts.prefills:
-        reads |= batch.prompt_ends
-    return Plan(
-        state, options, segments, rows, num_next, canvases, text, reads, look, ahead, step, quota
-    )
+    denoised = Denoised(look, ahead, step, quota)
+    return _plan_of(state, options, batch, facts, text, canvases, denoised)
 
 
-def _plan_texts(
+def _plan_of(
     state: Canvas,
     options: Options,
     batch: Batch,
     facts: Facts,
     text: Tensor,
     canvases: Canvases,
+    denoised: Denoised | None,
 ) -> Plan:
-    """The plan of a forward in which no canvas is denoised but `canvases` behind break points."""
+    """The plan of a forward of `text` [B] columns and `canvases`; None: none is denoised."""
     segments = lay_out(state, batch, facts, text, canvases)
     num_next, rows = needed_rows(options, batch, facts, segments, text, canvases)
     reads = text > 0
     if facts.prefills:
         reads |= batch.prompt_ends
-    nobody = torch.zeros_like(reads)
-    return Plan(
-        state, options, segments, rows, num_next, canvases, text, reads, nobody, nobody,
-        state.step, None,
-    )  # fmt: skip
+    if denoised is None:
+        nobody = torch.zeros_like(reads)
+        denoised = Denoised(nobody, nobody, state.step, None)
+    return Plan(state, options, segments, rows, num_next, canvases, text, reads, *denoised)
 
 
 def _plan_verified(
@@ -211,7 +220,7 @@ def _plan_verified(
     """
     text = torch.where(decodes, fan_out.text_of(table, state, options, batch, count), 0)
     canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text)
-    return _plan_texts(state, options, batch, facts, text, canvases)
+    return _plan_of(state, options, batch, facts, text, canvases, None)
 
 
 def fixed_columns(options: Options, start: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class RowSampler:
 
     def _texts(self, plan: Plan, packed: Packed) -> Tensor | None:
         """[n] bool: whether a row is not for a canvas position; None: each is for one."""
-        end, count = plan.num_next + plan.canvases.active[0].numel(), plan.rows.needed.shape[1]
+        end, count = plan.end_of_fill, plan.rows.needed.shape[1]
         if packed.valid is None and end >= count:
             return packed.place < plan.num_next if plan.num_next else None
         return (packed.place < plan.num_next) | (packed.place >= end)
