@@ -2,7 +2,6 @@
 """The Ray examples run as they stand."""
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from ray import serve
 
+from tests.ports import free_port
 from vllm_nbdiff.adapt import problems
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -36,9 +36,7 @@ def test_ray_data_batch(ray_environment: dict[str, str]) -> None:
 
 def test_ray_serve_and_its_client(ray_environment: dict[str, str], tmp_path: Path) -> None:
     """The deployment answers the client example, whole and in pieces alike."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/v1"
     log = tmp_path / "log"
     command = [PYTHON, str(EXAMPLES / "ray_serve.py"), "--port", str(port)]

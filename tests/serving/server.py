@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from typing import Any
 import openai
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.ports import free_port
 
 MODEL = Path(__file__).parents[2] / "examples" / "nbdiff-nano"
 NAME = "nano"
@@ -84,9 +85,7 @@ class Server:
 @contextlib.contextmanager
 def serve(log: Path, *flags: str) -> Iterator[Server]:
     """Start a server on the bundled checkpoint, ready to answer, and end it on the way out."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         str(Path(sys.executable).with_name("vllm")),
         *("serve", str(MODEL), "--served-model-name", NAME),
