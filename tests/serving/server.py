@@ -83,12 +83,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(log: Path, *flags: str) -> Iterator[Server]:
-    """Start a server on the bundled checkpoint, ready to answer, and end it on the way out."""
+def serve(log: Path, *flags: str, model: Path = MODEL) -> Iterator[Server]:
+    """Start a server, ready to answer, and end it on the way out."""
     port = free_port()
     command = [
         str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(MODEL), "--served-model-name", NAME),
+        *("serve", str(model), "--served-model-name", NAME),
         *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
         *(f"--{key.replace('_', '-')}={value}" for key, value in ENGINE.items()),
         *flags,

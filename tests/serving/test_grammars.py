@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structured output through the `openai` client: schemas, choices and tools, streamed and not."""
+"""Structured output through the `openai` client: schemas and choices, streamed and not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "party", "schema": SCHEMA}}
-TOOL = {"type": "function", "function": {"name": "invite", "parameters": SCHEMA, "strict": True}}
 MODES = ["diffusion", "verify", "ar", "auto"]
 
 
@@ -56,14 +55,6 @@ def test_several_at_once(client: openai.OpenAI) -> None:
 
 
 @pytest.fixture(scope="module")
-def tool_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    """Of a server that looks for calls of tools."""
-    log = tmp_path_factory.mktemp("tools") / "log"
-    with serve(log, "--enable-auto-tool-choice", "--tool-call-parser=hermes") as running:
-        yield running.client()
-
-
-@pytest.fixture(scope="module")
 def thinking_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     """Of a server whose model thinks before it answers."""
     log = tmp_path_factory.mktemp("thinking") / "log"
@@ -89,67 +80,3 @@ def test_schema_of_what_was_thought_about(
     deltas = [piece.choices[0].delta for piece in pieces]
     assert "".join(delta.content or "" for delta in deltas) == whole.message.content
     assert "".join(getattr(delta, "reasoning", None) or "" for delta in deltas) == thought
-
-
-def call_tools(client: openai.OpenAI, stream: bool, **body: Any) -> list[tuple[str, Any]]:
-    """Names and arguments of the calls that an answer to `QUESTION` makes; it must have no text."""
-    answer = chat(client, max_tokens=200, stream=stream, **body)
-    if not stream:
-        message = answer.choices[0].message
-        assert not message.content
-        found = [[call.function.name, call.function.arguments] for call in message.tool_calls]
-    else:
-        found = []
-        for delta in (piece.choices[0].delta for piece in answer):
-            assert not delta.content
-            for part in delta.tool_calls or ():
-                if part.index == len(found):
-                    found.append(["", ""])
-                found[part.index][0] += part.function.name or ""
-                found[part.index][1] += part.function.arguments or ""
-    return [(name, json.loads(arguments)) for name, arguments in found]
-
-
-NAMED = {"type": "function", "function": {"name": "invite"}}
-# This model calls nothing of its own accord: the text that the parser finds calls in is asked for.
-CALL = (
-    r'<tool_call>\{"name": "invite", "arguments": \{"day": "(Mon|Tues)day", "days": [0-9]{2}\}\}'
-    "</tool_call>"
-)
-LOOSE = {"type": "function", "function": {"name": "invite", "parameters": SCHEMA}}
-# How many calls; with a strict tool vLLM allows its own calls beside what is asked for.
-CHOICES: dict[str, tuple[int, dict[str, Any]]] = {
-    "named": (1, {"tool_choice": NAMED}),
-    "required": (1, {"tool_choice": "required"}),
-    "auto": (1, {"tool_choice": "auto", "extra_body": {"structured_outputs": {"regex": CALL}}}),
-    "auto, two": (
-        2,
-        {
-            "tools": [LOOSE],
-            "tool_choice": "auto",
-            "extra_body": {"structured_outputs": {"regex": f"({CALL}){{2}}"}},
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("choice", CHOICES)
-def test_tools(tool_client: openai.OpenAI, compact: dict[str, Any], choice: str, mode: str) -> None:
-    """vLLM's parser finds the calls, arguments meet the schema, a stream brings the same."""
-    count, body = CHOICES[choice]
-    body = {"tools": [TOOL]} | body | compact
-    body["extra_body"] = body.get("extra_body", {}) | {"vllm_xargs": {"nbdiff_mode": mode}}
-    calls = call_tools(tool_client, stream=False, **body)
-    assert [name for name, _ in calls] == ["invite"] * count
-    for _, arguments in calls:
-        jsonschema.validate(arguments, SCHEMA)
-    assert call_tools(tool_client, stream=True, **body) == calls
-
-
-def test_auto_may_answer(tool_client: openai.OpenAI, client: openai.OpenAI) -> None:
-    """With text, the same as without tools."""
-    ask = {"tools": [TOOL], "tool_choice": "auto"}
-    message = chat(tool_client, **ask).choices[0].message
-    assert not message.tool_calls
-    assert message.content == chat(client).choices[0].message.content
