@@ -19,7 +19,7 @@ from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
 import vllm_nbdiff
-from vllm_nbdiff.compat import GrammarCompiler, name_backend
+from vllm_nbdiff.compat import GrammarCompiler, name_for_workers
 from vllm_nbdiff.engine.matcher import Matcher
 
 NANO = Path(__file__).parents[2] / "examples" / "nbdiff-nano"
@@ -53,10 +53,10 @@ def arrive(manager: StructuredOutputManager, params: SamplingParams) -> Any:
 def test_a_worker_has_the_schedulers_backend(with_tokenizer: VllmConfig) -> None:
     """Also where the first request that it is given is not the first one that arrived."""
     manager = StructuredOutputManager(with_tokenizer)
+    name_for_workers(manager)
     first, second = asked("guidance", regex="a"), asked("xgrammar", regex="b")
     for params in (first, second):
         arrive(manager, params)
-        name_backend(manager, params)
     assert isinstance(manager.backend, GuidanceBackend)
     grammar, _ = GrammarCompiler(with_tokenizer).compile(second).result()
     assert isinstance(grammar, GuidanceGrammar)

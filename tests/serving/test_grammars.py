@@ -80,3 +80,11 @@ def test_schema_of_what_was_thought_about(
     deltas = [piece.choices[0].delta for piece in pieces]
     assert "".join(delta.content or "" for delta in deltas) == whole.message.content
     assert "".join(getattr(delta, "reasoning", None) or "" for delta in deltas) == thought
+
+
+def test_a_parser_that_fails_ends_its_request(thinking_client: openai.OpenAI) -> None:
+    """And the server goes on."""
+    wanted = {"extra_body": {"structured_outputs": {"choice": ["Monday"]}}}
+    with pytest.raises(openai.InternalServerError):
+        complete(thinking_client, prompt=": what day is it?", **wanted)
+    assert complete(thinking_client, prompt="What day is it?", **wanted).choices[0].text

@@ -14,7 +14,7 @@ from vllm_nbdiff.compat.front_end import (
     validate_at_admission,
     validate_before_streaming,
 )
-from vllm_nbdiff.compat.grammars import GrammarCompiler, name_backend, share_compiler
+from vllm_nbdiff.compat.grammars import GrammarCompiler, name_for_workers, share_compiler
 from vllm_nbdiff.compat.graphs import capture_any_decode, uses_own_attention
 from vllm_nbdiff.compat.lora import map_rows_of_adapters
 from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
@@ -23,7 +23,6 @@ from vllm_nbdiff.compat.step_map import give_step_maps, pack_steps
 from vllm_nbdiff.compat.thinking import (
     Thoughts,
     begins_by_thinking,
-    name_thinking,
     reasoning_config,
     thoughts_of,
 )
@@ -54,8 +53,7 @@ __all__ = [
     "ignore_grammar_of_warm_up",
     "leave_ends_uncached",
     "map_rows_of_adapters",
-    "name_backend",
-    "name_thinking",
+    "name_for_workers",
     "needs_cpu_kernels",
     "pack_steps",
     "reasoning_config",

@@ -8,9 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from vllm_nbdiff.compat.thinking import name_thinking
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_types import (
         StructuredOutputBackend,
@@ -41,6 +44,26 @@ def name_backend(manager: StructuredOutputManager, params: SamplingParams) -> No
         params.structured_outputs = copy.copy(params.structured_outputs)
         is_guidance = isinstance(manager.backend, GuidanceBackend)
         params.structured_outputs._backend = "guidance" if is_guidance else "xgrammar"
+
+
+def name_for_workers(manager: StructuredOutputManager) -> None:
+    """Say in every request with a grammar what its workers are to know, as soon as it arrives.
+
+    What a reasoning parser raises there ends the request, in the scheduler it would end the engine.
+
+    Symptom: workers compile too, and are not told how.
+    Upstream: `StructuredOutputManager.grammar_init` (vllm/v1/structured_output/__init__.py).
+    Remove when a grammar can be compiled for a worker.
+    """
+    grammar_init = manager.grammar_init
+
+    def init(request: Request) -> None:
+        grammar_init(request)
+        if request.sampling_params is not None:
+            name_backend(manager, request.sampling_params)
+            name_thinking(manager, request)
+
+    manager.grammar_init = init
 
 
 class GrammarCompiler:

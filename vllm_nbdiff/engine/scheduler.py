@@ -88,6 +88,7 @@ class NBDiffScheduler(Scheduler):
         self.num_sampled_tokens_per_step = 0
         self.return_sampling_mask = True  # step maps come in their place (step_map.py)
         compat.share_compiler(self.structured_output_manager)
+        compat.name_for_workers(self.structured_output_manager)
         self._config = BlockDiffusionConfig.from_vllm_config(self.vllm_config)
         self._page_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._row_limit = row_limit(self.vllm_config, self._config)
@@ -121,8 +122,6 @@ class NBDiffScheduler(Scheduler):
             lookahead=lookahead_tokens(options, self._config, self._page_size, self._row_limit),
             kind=options.algorithm if options.algorithm in compat.KINDS else options.mode,
         )
-        compat.name_backend(self.structured_output_manager, request.sampling_params)
-        compat.name_thinking(self.structured_output_manager, request)
         if self._ignores_priority:
             request.priority = 0
         super().add_request(request)
