@@ -4,10 +4,11 @@
     python -m benchmarks.neighbours
     python -m benchmarks.neighbours --save cpu-neighbours
 
-The bundled model; rounds with and without the request take turns, medians are compared. The engine
-runs in this process, so that all requests of a round are there when its first step begins, and the
-CPU time of its steps is taken, to which nothing else on the machine adds, nor what a server does in
-another process: vLLM's front end makes strings of every token and of every log-probability.
+Also over that beside one more plain request in its place. The bundled model; rounds of the three
+kinds take turns, medians are compared. The engine runs in this process, so that all requests of a
+round are there when its first step begins, and the CPU time of its steps is taken, to which nothing
+else on the machine adds, nor what a server does in another process: vLLM's front end makes strings
+of every token and of every log-probability.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks.nano import CHECKPOINT, DTYPE
 from benchmarks.report import save
 
 PLAIN_TOKENS, LONG_TOKENS, LONG_PROMPT = 96, 400, 1600
+PLAIN = "one more plain request"
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -39,7 +41,7 @@ def demanding(vocab_size: int) -> dict[str, tuple[int, dict[str, Any], dict[str,
     """By name: tokens of the prompt, sampling parameters and options of a request."""
     words = [[5 + i % 90, 7 + i % 80, 11 + i % 70, 13 + i % 60] for i in range(128)]
     return {
-        "one more plain request": (20, {}, {}),
+        PLAIN: (20, {}, {}),
         f"prompt of {LONG_PROMPT} tokens": (LONG_PROMPT, {"max_tokens": 16}, {}),
         "freedave, 9 canvases": (20, {}, {"nbdiff_algorithm": "freedave", "nbdiff_draft_steps": 9}),
         "128 bad words of 4 tokens": (20, {"bad_word_ids": words}, {}),
@@ -144,20 +146,22 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     server = Server(options.requests)
     vocab_size = server.llm.model_config.get_vocab_size()
-    rows = []
-    for name, request in demanding(vocab_size).items():
-        speeds: dict[bool, list[float]] = {True: [], False: []}
+    rows, requests = [], demanding(vocab_size)
+    plain = requests.pop(PLAIN)
+    for name, request in requests.items():
+        others = {"beside": request, "beside_plain": plain, "alone": None}
+        speeds: dict[str, list[float]] = {key: [] for key in others}
         for turn in range(options.rounds + 1):
-            for beside in (True, False) if turn % 2 else (False, True):
-                speed = server.run(request if beside else None)
+            for key in list(others)[:: 1 if turn % 2 else -1]:
+                speed = server.run(others[key])
                 if turn:  # the first one only warms up
-                    speeds[beside].append(speed)
-        ratio = median(speeds[True]) / median(speeds[False])
+                    speeds[key].append(speed)
+        speed = {key: median(values) for key, values in speeds.items()}
         row = {
             "request": name,
-            "tokens_per_cpu_s": round(median(speeds[True]), 1),
-            "alone": round(median(speeds[False]), 1),
-            "ratio": round(ratio, 3),
+            **{f"tokens_per_cpu_s_{key}": round(value, 1) for key, value in speed.items()},
+            "ratio": round(speed["beside"] / speed["alone"], 3),
+            "ratio_to_plain": round(speed["beside"] / speed["beside_plain"], 3),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)

@@ -62,7 +62,13 @@ def golden_checkpoint() -> Path:
 
 @contextlib.contextmanager
 def in_process() -> Iterator[None]:
-    """Engines made inside run in this process: quick to start, with visible tracebacks."""
+    """Engines made inside run in this process: quick to start, with visible tracebacks.
+
+    Those of earlier tests end now: freed later, they would take the process groups of a new one
+    along. vLLM freezes what there is when an engine starts, which no collection frees.
+    """
+    gc.unfreeze()
+    gc.collect()
     before = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
@@ -95,7 +101,6 @@ def make_llm() -> Callable[..., Any]:
         }
         settings |= kwargs
         overrides |= settings.pop("hf_overrides", {})
-        gc.collect()
         with in_process():
             return LLM(model=str(checkpoint), hf_overrides=overrides, **settings)
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structured output: exact in lossless modes, legal in all of them, nothing to its neighbours."""
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -95,7 +94,6 @@ def stock_endings(requests: list[tuple[str, SamplingParams]], **config: Any) -> 
     of structured output."""
     from vllm import LLM
 
-    gc.collect()
     with in_process():
         llm = LLM(
             model=str(NANO),
@@ -109,7 +107,6 @@ def stock_endings(requests: list[tuple[str, SamplingParams]], **config: Any) -> 
         own.allowed_token_ids = [token for token in range(616) if token != MASK]
     found = endings(generate(llm, requests))
     del llm
-    gc.collect()
     # Where nothing is left, stock vLLM takes token 0, and its matcher's refusal is an error.
     return [("abort", []) if end == ("error", []) else end for end in found]
 

@@ -2,7 +2,6 @@
 """Log-probabilities: AR's own in the lossless modes and of prompts, those of the step that filled a
 token in diffusion."""
 
-import gc
 import itertools
 import math
 from collections.abc import Callable
@@ -60,7 +59,6 @@ def ar_outputs(prompts: list[dict[str, Any]], golden_checkpoint: Path) -> tuple[
     """Of stock vLLM, for the same weights: with the likeliest tokens, and with those of `NAMED`."""
     from vllm import LLM
 
-    gc.collect()
     with in_process():
         llm = LLM(
             model=str(golden_checkpoint),
@@ -71,7 +69,6 @@ def ar_outputs(prompts: list[dict[str, Any]], golden_checkpoint: Path) -> tuple[
     likeliest = llm.generate(prompts, ar_params(), use_tqdm=False)
     named = llm.generate(prompts, ar_params(**NAMED), use_tqdm=False)
     del llm
-    gc.collect()
     return likeliest, named
 
 

@@ -18,10 +18,10 @@ LOOPED: Any = SimpleNamespace(static_shapes=False, block_length=L, family=NBDIFF
 @pytest.mark.parametrize(
     ("extra", "static", "looped"),
     [
-        ({}, (L, L), (L, L)),
-        ({"block_length": 8, "small_blocks": 1}, (8, 8), (8, 8)),
-        ({"fused_commit": True}, (2 * L, 2 * L), (L, L)),
-        ({"algorithm": "freedave", "draft_steps": 4}, (4 * L, 4 * L), (L, L)),
+        ({}, (L, L), (L, 2 * L)),
+        ({"block_length": 8, "small_blocks": 1}, (8, 8), (8, 2 * L)),
+        ({"fused_commit": True}, (2 * L, 2 * L), (L, 2 * L)),
+        ({"algorithm": "freedave", "draft_steps": 4}, (4 * L, 4 * L), (L, 2 * L)),
         ({"mode": "ar"}, (1, 1), (L, 2 * L)),
         ({"mode": "ar", "fused_commit": True}, (1, 1), (L, 2 * L)),
         ({"mode": "verify", "draft_length": 12, "fan_out": 0}, (12, 12), (L, 2 * L)),

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lossless modes give the text of AR decoding; fused commits that of separate ones."""
 
-import gc
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +38,6 @@ def ar_texts(golden_cases: list[dict[str, Any]], golden_checkpoint: Path) -> Any
     from vllm import LLM
 
     prompts = [case["prompt"] for case in golden_cases if case["block_length"] == 32][:12]
-    gc.collect()  # an engine that is freed later takes the process groups of this one along
     with in_process():
         llm = LLM(
             model=str(golden_checkpoint),
@@ -57,7 +55,6 @@ def ar_texts(golden_cases: list[dict[str, Any]], golden_checkpoint: Path) -> Any
         llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     )
     del llm
-    gc.collect()
     return prompts, texts
 
 

@@ -56,9 +56,9 @@ def test_pages_are_of_the_request_itself(bench: Callable[..., Bench]) -> None:
     b.step()
     b.step()
     pages = {kind: b.pages(request) for kind, request in requests.items()}
-    # The prompt, its canvas, and what else the options need: three versions of two pages; a second
-    # block that the schedule may emit, the text behind it, and four canvases of break points.
-    expected = {"plain": 2, "fused": 3, "drafts": 2 + 6, "short": 2}
+    # The prompt, two blocks that the schedule may emit, and what else the options need: three
+    # versions of two pages; the text behind, and four canvases of break points.
+    expected = {"plain": 3, "fused": 3 + 1, "drafts": 3 + 6, "short": 3}
     expected |= {"verify": 3 + 2 + 4, "verify fused": 3 + 1}
     assert pages == expected
 
@@ -98,7 +98,7 @@ def test_drafts_are_limited_by_the_budget(bench: Callable[..., Bench]) -> None:
     b = bench(budget=8 * L, num_pages=80)
     (request,) = decoding(b, ["drafts"], extra=FREEDAVE | options(draft_steps=9))
     b.step()
-    assert b.pages(request) <= 2 + 7 * 2
+    assert b.pages(request) <= 3 + 7 * 2
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines on checkpoints as they are released: nothing but their own config.json."""
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ def serve(checkpoint: Path, **settings: Any) -> Any:
     """An engine in this process, told nothing about the checkpoint."""
     from vllm import LLM
 
-    gc.collect()
     settings = {
         "skip_tokenizer_init": True,
         "max_model_len": 512,

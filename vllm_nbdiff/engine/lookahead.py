@@ -15,7 +15,7 @@ from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.request_options import RequestOptions
 
 BLOCKS_PER_SCHEDULE = 2
-"""Most that a request of a lossless mode may emit in a schedule."""
+"""Most that a request may emit in a schedule, in blocks of the model."""
 # Reading the weights of a large model takes a GPU as long as computing so many rows.
 _FREE_ROWS = 256
 
@@ -59,9 +59,8 @@ def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: 
         known = config.family.known_rows if options.break_points else 0
         least = min(width * parts + known, limit)
         return Share(least, least * max(min(1 + options.break_points, limit // least), 1))
-    if options.mode == "diffusion":
-        return Share(options.block_length, options.block_length)
-    return Share(config.block_length, BLOCKS_PER_SCHEDULE * config.block_length)
+    least = options.block_length if options.mode == "diffusion" else config.block_length
+    return Share(least, BLOCKS_PER_SCHEDULE * config.block_length)
 
 
 def canvas_budget(config: BlockDiffusionConfig, budget: int) -> int:
