@@ -156,12 +156,12 @@ def main() -> None:
                 speed = server.run(others[key])
                 if turn:  # the first one only warms up
                     speeds[key].append(speed)
-        speed = {key: median(values) for key, values in speeds.items()}
+        found = {key: median(values) for key, values in speeds.items()}
         row = {
             "request": name,
-            **{f"tokens_per_cpu_s_{key}": round(value, 1) for key, value in speed.items()},
-            "ratio": round(speed["beside"] / speed["alone"], 3),
-            "ratio_to_plain": round(speed["beside"] / speed["beside_plain"], 3),
+            **{f"tokens_per_cpu_s_{key}": round(value, 1) for key, value in found.items()},
+            "ratio": round(found["beside"] / found["alone"], 3),
+            "ratio_to_plain": round(found["beside"] / found["beside_plain"], 3),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)

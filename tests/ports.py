@@ -13,7 +13,6 @@ def free_port() -> int:
     """A port of 127.0.0.1 that nothing uses and nothing is going to be given by chance."""
     for port in random.SystemRandom().sample(PORTS, 100):
         with socket.socket() as candidate:
-            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 candidate.bind(("127.0.0.1", port))
             except OSError:

@@ -85,7 +85,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "vllm_nbdiff.adapt", *words, "--skip-engine", "--use-cpu"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=450, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     return folder / "out"
 

@@ -49,7 +49,8 @@ def name_backend(manager: StructuredOutputManager, params: SamplingParams) -> No
 def name_for_workers(manager: StructuredOutputManager) -> None:
     """Say in every request with a grammar what its workers are to know, as soon as it arrives.
 
-    What a reasoning parser raises there ends the request, in the scheduler it would end the engine.
+    What a reasoning parser raises there ends the request (without an engine process it reaches the
+    caller), in the scheduler it would end the engine.
 
     Symptom: workers compile too, and are not told how.
     Upstream: `StructuredOutputManager.grammar_init` (vllm/v1/structured_output/__init__.py).
