@@ -101,6 +101,14 @@ def test_drafts_are_limited_by_the_budget(bench: Callable[..., Bench]) -> None:
     assert b.pages(request) <= 3 + 7 * 2
 
 
+def test_a_second_block_takes_nothing_from_a_prompt(bench: Callable[..., Bench]) -> None:
+    """A schedule that computes prompts is one forward, which emits one block at most."""
+    b = bench(budget=16 * L)
+    decoding(b, [f"canvas {i}" for i in range(4)])
+    b.add("prompt", 1600)
+    assert dict(b.step().num_scheduled_tokens)["prompt"] == 12 * L
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("budget", [2 * L, 3 * L + 5, 8 * L])
 def test_prompt_beside_canvases(

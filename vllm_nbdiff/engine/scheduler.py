@@ -84,8 +84,7 @@ class NBDiffScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # vLLM derives this from `is_diffusion`, which stays false here (see config.py).
-        self.num_sampled_tokens_per_step = 0
+        self.num_sampled_tokens_per_step = 0  # `is_diffusion` stays false here (see config.py)
         self.return_sampling_mask = True  # step maps come in their place (step_map.py)
         compat.share_compiler(self.structured_output_manager)
         compat.name_for_workers(self.structured_output_manager)
@@ -133,8 +132,10 @@ class NBDiffScheduler(Scheduler):
         """
         # Only a request that ends makes room for another one.
         self._admits |= bool(self.finished_req_ids)
-        reserved = self._share.reserve(self._prompt_tokens_wanted())
-        held_back = self._arm(self._share.budget - reserved)
+        reserved = self._share.reserve(wanted := self._prompt_tokens_wanted())
+        # Beside prompts a schedule is one forward, which emits no second block.
+        alone = self._config.static_shapes or not wanted
+        held_back = self._arm(self._share.budget - reserved, alone)
         self.running.sort(key=_is_prefilling)
         output = super().schedule(throttle_prefills)
         if held_back and reserved:
@@ -174,15 +175,15 @@ class NBDiffScheduler(Scheduler):
             wanted += self.waiting.peek_request().num_tokens
         return wanted
 
-    def _arm(self, budget: int) -> int:
-        """Give `budget` tokens to canvases, in turn.
+    def _arm(self, budget: int, alone: bool) -> int:
+        """Give `budget` tokens to canvases, in turn, the least that they need unless `alone`.
 
         Returns:
             Canvases that are held back: without draft tokens they are left out of the schedule.
         """
         held_back = 0
         decoding = [request for request in self.running if not _is_prefilling(request)]
-        share = min(self._canvas_budget, budget) // max(len(decoding), 1)
+        share = min(self._canvas_budget, budget) // max(len(decoding), 1) if alone else 0
         for request in sorted(decoding, key=lambda request: self._canvases[request].turn):
             canvas = self._canvases[request]
             if request.num_in_flight_tokens and self._is_cut(request, canvas):
