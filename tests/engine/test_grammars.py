@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from benchmarks.nano import SCHEMA
 from tests.conftest import counter, in_process, options, tokens_of
@@ -265,13 +265,12 @@ def test_a_worker_compiles_with_the_schedulers_compiler(plain_engine: Any) -> No
 
 
 def test_requests_name_the_schedulers_backend(plain_engine: Any) -> None:
-    """Whatever the front end found for them."""
+    """Whatever the front end found for them, as soon as they arrive."""
     scheduler = plain_engine.llm_engine.engine_core.engine_core.scheduler
     generate(plain_engine, [(PROMPTS[0], params({"choice": ["a"]}))])
     own = params({"choice": ["b"]})
     own.structured_outputs._backend = "guidance"
-    scheduler.add_request(Request("other", [5, 6], own, None))
-    scheduler.finish_requests("other", RequestStatus.FINISHED_ABORTED)
+    scheduler.structured_output_manager.grammar_init(Request("other", [5, 6], own, None))
     assert own.structured_outputs._backend == "xgrammar"
 
 
