@@ -17,7 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 from tests.conftest import options
 from tests.engine.scheduler_bench import PAGE, Bench, L
 from vllm_nbdiff.engine import scheduler
-from vllm_nbdiff.engine.scheduler import PrefillShare
+from vllm_nbdiff.engine.prefill_share import PrefillShare
 from vllm_nbdiff.request import parse_options
 
 FREEDAVE = options(algorithm="freedave", draft_steps=4, small_blocks=1)
@@ -107,6 +107,19 @@ def test_a_second_block_takes_nothing_from_a_prompt(bench: Callable[..., Bench])
     decoding(b, [f"canvas {i}" for i in range(4)])
     b.add("prompt", 1600)
     assert dict(b.step().num_scheduled_tokens)["prompt"] == 12 * L
+
+
+def test_a_prompt_without_pages_holds_no_second_block_back(bench: Callable[..., Bench]) -> None:
+    """For longer than a schedule; once there are some it has the tokens that it needs."""
+    b = bench(budget=16 * L, num_pages=20)
+    (first,) = decoding(b, ["first"], extra=FREEDAVE)
+    decoding(b, ["second"])
+    b.add("prompt", 12 * PAGE)
+    widths = [dict(b.step().num_scheduled_tokens) for _ in range(3)]
+    assert widths[0] == {"first": L, "second": L}
+    assert widths[1] == widths[2] == {"first": 2 * L, "second": 2 * L}
+    b.scheduler.finish_requests(first.request_id, RequestStatus.FINISHED_ABORTED)
+    assert dict(b.step().num_scheduled_tokens)["prompt"] == 12 * PAGE
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -29,14 +29,31 @@ def share_compiler(manager: StructuredOutputManager) -> None:
     _managers[manager.vllm_config.instance_id] = manager
 
 
-def name_backend(manager: StructuredOutputManager, params: SamplingParams) -> None:
-    """Say in a request that the scheduler compiles what with, as its workers compile it too.
+def name_for_workers(manager: StructuredOutputManager) -> None:
+    """Say in every request with a grammar what its workers are to know, as soon as it arrives.
 
-    Symptom: a request brings the backend that the front end found for it; the scheduler has that of
-    the first request that arrived, a worker that of the first one it is given, maybe another one.
-    Upstream: `StructuredOutputManager.grammar_init` (vllm/v1/structured_output/__init__.py).
-    Remove when the backend is chosen for each request.
+    What a reasoning parser raises there ends the request, in the scheduler it would end the engine.
+    In an engine without a process of its own it reaches the caller of `generate`.
+
+    Symptom: workers compile too, and are told neither with which backend (a request brings the one
+    that the front end found for it, the scheduler has that of the first request that arrived) nor
+    where the grammar begins.
+    Upstream: `StructuredOutputManager.grammar_init` and `_get_constraint_bounds`
+    (vllm/v1/structured_output/__init__.py). Remove when a grammar can be compiled for a worker.
     """
+    grammar_init = manager.grammar_init
+
+    def init(request: Request) -> None:
+        grammar_init(request)
+        if request.sampling_params is not None:
+            _name_backend(manager, request.sampling_params)
+            name_thinking(manager, request)
+
+    manager.grammar_init = init
+
+
+def _name_backend(manager: StructuredOutputManager, params: SamplingParams) -> None:
+    """Name the backend that the scheduler has compiled with."""
     from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 
     if params.structured_outputs is not None:
@@ -44,27 +61,6 @@ def name_backend(manager: StructuredOutputManager, params: SamplingParams) -> No
         params.structured_outputs = copy.copy(params.structured_outputs)
         is_guidance = isinstance(manager.backend, GuidanceBackend)
         params.structured_outputs._backend = "guidance" if is_guidance else "xgrammar"
-
-
-def name_for_workers(manager: StructuredOutputManager) -> None:
-    """Say in every request with a grammar what its workers are to know, as soon as it arrives.
-
-    What a reasoning parser raises there ends the request (without an engine process it reaches the
-    caller), in the scheduler it would end the engine.
-
-    Symptom: workers compile too, and are not told how.
-    Upstream: `StructuredOutputManager.grammar_init` (vllm/v1/structured_output/__init__.py).
-    Remove when a grammar can be compiled for a worker.
-    """
-    grammar_init = manager.grammar_init
-
-    def init(request: Request) -> None:
-        grammar_init(request)
-        if request.sampling_params is not None:
-            name_backend(manager, request.sampling_params)
-            name_thinking(manager, request)
-
-    manager.grammar_init = init
 
 
 class GrammarCompiler:

@@ -33,17 +33,13 @@ def reasoning_config(end_token_id: int) -> Any:
 
 
 def begins_by_thinking(params: SamplingParams) -> bool:
-    """Whether the scheduler has said so of a request with a grammar (`name_thinking`)."""
+    """Whether `name_thinking` has said so of a request with a grammar."""
     return getattr(params.structured_outputs, _ASKED, None) is not None
 
 
 def name_thinking(manager: StructuredOutputManager, request: Request) -> None:
-    """Say in a request with a grammar whether it begins by thinking, and how that is parsed.
-
-    Symptom: a worker is not told the template's arguments, nor that thinking ended in the prompt.
-    Upstream: `StructuredOutputManager._get_constraint_bounds`
-    (vllm/v1/structured_output/__init__.py). Remove when a grammar can be compiled for a worker.
-    """
+    """Say in a request with a grammar whether it begins by thinking, and how that is parsed: the
+    template's arguments. Part of `grammars.name_for_workers`."""
     wanted, params = request.structured_output_request, request.sampling_params
     if wanted is not None and params is not None:
         thinks = manager._get_constraint_bounds(request, ()).constraint_start > 0
@@ -98,7 +94,7 @@ class Thoughts:
 def thoughts_of(
     vllm_config: VllmConfig, params: SamplingParams, prompt: list[int]
 ) -> Thoughts | None:
-    """Of a request whose scheduler has named them; None: its grammar holds from the start."""
+    """Of a request in which they were named; None: its grammar holds from the start."""
     arguments = getattr(params.structured_outputs, _ASKED, None)
     if arguments is None:
         return None

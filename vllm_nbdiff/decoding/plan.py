@@ -200,7 +200,8 @@ def _plan_of(
     if denoised is None:
         nobody = torch.zeros_like(reads)
         denoised = Denoised(nobody, nobody, state.step, None)
-    return Plan(state, options, segments, rows, num_next, canvases, text, reads, *denoised)
+    own = (state, options, segments, rows, num_next, canvases, text, reads)
+    return Plan(*own, **denoised._asdict())
 
 
 def _plan_verified(

@@ -33,6 +33,7 @@ from vllm_nbdiff.engine.lookahead import (
     lookahead_tokens,
     row_limit,
 )
+from vllm_nbdiff.engine.prefill_share import PrefillShare
 from vllm_nbdiff.names import LOGGER
 from vllm_nbdiff.request import parse_options
 
@@ -49,42 +50,13 @@ class Canvas:
     turn: int = 0  # the order in which canvases took part last; 0: not yet
 
 
-class PrefillShare:
-    """Half of the token budget for prompts, where they and canvases want more than all of it.
-
-    Canvases are not split, so prompts may get more than half while some are held back; what they
-    do, the canvases get in the next schedule. Beside the other kind neither takes more than about
-    twice as long as alone.
-    """
-
-    def __init__(self, budget: int, chunk: int = 1) -> None:
-        """
-        Args:
-            budget: tokens of a schedule.
-            chunk: prompts are computed in multiples of so many tokens.
-        """
-        self.budget = budget
-        self.chunk = chunk
-        self._owed = 0
-
-    def reserve(self, wanted: int) -> int:
-        """Tokens of the coming schedule that canvases leave to prompts, which want `wanted`."""
-        half = self.budget // 2
-        self._owed = min(self._owed + half, max(half, self.chunk), wanted)
-        # Less than a chunk is of no use to them: it adds up.
-        return self._owed if self._owed >= min(self.chunk, max(wanted, 1)) else 0
-
-    def settle(self, used: int) -> None:
-        """Account for the tokens that prompts got while canvases were held back for them."""
-        self._owed -= used
-
-
 class NBDiffScheduler(Scheduler):
     """vLLM's scheduler with a canvas in place of drafted tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.num_sampled_tokens_per_step = 0  # `is_diffusion` stays false here (see config.py)
+        # vLLM derives this from `is_diffusion`, which stays false here (see config.py).
+        self.num_sampled_tokens_per_step = 0
         self.return_sampling_mask = True  # step maps come in their place (step_map.py)
         compat.share_compiler(self.structured_output_manager)
         compat.name_for_workers(self.structured_output_manager)
@@ -107,6 +79,7 @@ class NBDiffScheduler(Scheduler):
         self._share = PrefillShare(min(self.max_num_scheduled_tokens, most), self._chunk)
         self._canvas_budget = canvas_budget(self._config, self._share.budget)
         self._admits = True
+        self._refused = False  # the schedule before computed none of the prompts that were wanted
         # By arrival, vLLM preempts the last one of `running`, which are sorted by kind here; by
         # priority, it looks for the one that arrived last among those of the least priority.
         self._ignores_priority = self.scheduler_config.policy == "fcfs"
@@ -132,15 +105,17 @@ class NBDiffScheduler(Scheduler):
         """
         # Only a request that ends makes room for another one.
         self._admits |= bool(self.finished_req_ids)
-        reserved = self._share.reserve(wanted := self._prompt_tokens_wanted())
+        wanted = self._prompt_tokens_wanted()
+        reserved = self._share.reserve(wanted)
         # Beside prompts a schedule is one forward, which emits no second block.
-        alone = self._config.static_shapes or not wanted
+        alone = self._config.static_shapes or not wanted or self._refused
         held_back = self._arm(self._share.budget - reserved, alone)
         self.running.sort(key=_is_prefilling)
         output = super().schedule(throttle_prefills)
+        canvases = output.scheduled_spec_decode_tokens
+        used = sum(n for key, n in output.num_scheduled_tokens.items() if key not in canvases)
+        self._refused = wanted > 0 and used == 0
         if held_back and reserved:
-            canvases = output.scheduled_spec_decode_tokens
-            used = sum(n for key, n in output.num_scheduled_tokens.items() if key not in canvases)
             self._share.settle(used)
             self._admits &= used > 0
         return output
