@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RequestOutputKind
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -75,7 +76,12 @@ class Bench:
         request = Request(
             name,
             [1] * prompt if isinstance(prompt, int) else prompt,
-            SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra),
+            SamplingParams(
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                extra_args=extra,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            ),
             None,
             arrival_time=self._arrivals,
             priority=priority,

@@ -43,6 +43,12 @@ def test_canvas_tokens(
     assert smaller == static or smaller.most in (L, 2 * L, 3 * L, 12, 24)
 
 
+@pytest.mark.parametrize(("extra", "most"), [({}, L), ({"mode": "verify"}, 2 * L)], ids=str)
+def test_a_stream_waits_for_no_second_block_of_many_steps(extra: dict[str, Any], most: int) -> None:
+    request = RequestOptions(**{"block_length": L, "small_blocks": 1} | extra)
+    assert canvas_tokens(request, LOOPED, limit=4 * L, streams=True) == (L, most)
+
+
 def test_a_known_token_and_the_canvas_behind_it_fit() -> None:
     """Where a row predicts its own position the canvas has a row more; never above the limit."""
     config: Any = SimpleNamespace(static_shapes=True, block_length=L, family=NEMOTRON)

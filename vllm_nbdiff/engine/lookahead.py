@@ -41,7 +41,9 @@ class Share(NamedTuple):
         return max(min(share, self.most) // self.least, 1) * self.least
 
 
-def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: int) -> Share:
+def canvas_tokens(
+    options: RequestOptions, config: BlockDiffusionConfig, limit: int, streams: bool = False
+) -> Share:
     """Tokens that a schedule gives to the canvas of a request.
 
     With static shapes a schedule is one forward, and these are its rows: more than the least are
@@ -52,6 +54,8 @@ def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: 
         options: of the request.
         config: of the served model.
         limit: most rows of one request, from `row_limit`.
+        streams: its text is sent as it is decided; a block of `diffusion`, which takes many
+            forwards, does not wait for another one.
     """
     if config.static_shapes:
         width = _canvas_width(options, config)
@@ -59,8 +63,10 @@ def canvas_tokens(options: RequestOptions, config: BlockDiffusionConfig, limit: 
         known = config.family.known_rows if options.break_points else 0
         least = min(width * parts + known, limit)
         return Share(least, least * max(min(1 + options.break_points, limit // least), 1))
-    least = options.block_length if options.mode == "diffusion" else config.block_length
-    return Share(least, BLOCKS_PER_SCHEDULE * config.block_length)
+    if options.mode != "diffusion":
+        return Share(config.block_length, BLOCKS_PER_SCHEDULE * config.block_length)
+    most = options.block_length if streams else BLOCKS_PER_SCHEDULE * config.block_length
+    return Share(options.block_length, most)
 
 
 def canvas_budget(config: BlockDiffusionConfig, budget: int) -> int:

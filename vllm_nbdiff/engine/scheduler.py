@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm.logger import init_logger
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -89,8 +90,9 @@ class NBDiffScheduler(Scheduler):
         """Take a new request, with all that its options mean for scheduling."""
         assert request.sampling_params is not None
         options = parse_options(request.sampling_params.extra_args, self._config)
+        streams = request.sampling_params.output_kind != RequestOutputKind.FINAL_ONLY
         self._canvases[request] = Canvas(
-            tokens=canvas_tokens(options, self._config, self._row_limit),
+            tokens=canvas_tokens(options, self._config, self._row_limit, streams),
             lookahead=lookahead_tokens(options, self._config, self._page_size, self._row_limit),
             kind=options.algorithm if options.algorithm in compat.KINDS else options.mode,
         )
