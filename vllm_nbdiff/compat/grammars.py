@@ -38,8 +38,8 @@ def name_for_workers(manager: StructuredOutputManager) -> None:
     Symptom: workers compile too, and are told neither with which backend (a request brings the one
     that the front end found for it, the scheduler has that of the first request that arrived) nor
     where the grammar begins.
-    Upstream: `StructuredOutputManager.grammar_init` and `_get_constraint_bounds`
-    (vllm/v1/structured_output/__init__.py). Remove when a grammar can be compiled for a worker.
+    Upstream: `StructuredOutputManager.grammar_init` (vllm/v1/structured_output/__init__.py).
+    Remove when a grammar can be compiled for a worker.
     """
     grammar_init = manager.grammar_init
 
