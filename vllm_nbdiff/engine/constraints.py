@@ -108,9 +108,9 @@ class ConstraintTable:
             owner: [n] int64, batch index of each row on the host, ascending.
         """
         slots, mask = schedule.slots, schedule.facts.mask_token_id
-        parts = list(self._parts(owner, slots))
-        if not any(constraints.any for constraints, _ in parts):
+        if not any(self._by_slot[slot].any for slot in slots[self.constrained[slots]].tolist()):
             return  # grammars alone
+        parts = list(self._parts(owner, slots))
         context = context_of(plan, packed, schedule)
         for constraints, rows in parts:
             constraints.before_penalties(logits[rows], context.rows(rows))
@@ -144,14 +144,16 @@ class ConstraintTable:
 
     def keep_text(self, plan: Plan, length: Tensor, schedule: Schedule) -> None:
         """Write what is final, the first `length` [B] of each canvas, into the requests' tokens."""
-        if not self.constrained[schedule.slots].any():
+        chosen = np.flatnonzero(self.constrained[schedule.slots])
+        if not len(chosen):
             return
-        start, tokens = plan.state.start[:, None], plan.state.tokens
+        own = async_tensor_h2d(chosen, device=length.device)
+        start, tokens = plan.state.start[own, None], plan.state.tokens[own]
         columns = torch.arange(tokens.shape[1], device=tokens.device)
-        final = columns < length[:, None]
+        final = columns < length[own, None]
         # What is not final rewrites the token before it.
         place = torch.where(final, start + columns, (start - 1).clamp(min=0))
-        slot = schedule.batch.slot[:, None]
+        slot = schedule.batch.slot[own, None]
         old = self.text[slot, place]
         self.text[slot, place] = torch.where(final, tokens.to(old.dtype), old)
 

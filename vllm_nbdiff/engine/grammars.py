@@ -114,21 +114,21 @@ class GrammarTable:
         if not rows:
             return
         chosen: list[int] = []
-        bits = torch.full((len(logits), -(-logits.shape[1] // 32)), -1, dtype=torch.int32)
-        for (request, own), seen in zip(
-            rows.items(), self._read(plan, schedule, list(rows)), strict=True
-        ):
+        bits = np.full((len(logits), -(-logits.shape[1] // 32)), -1, np.int32)
+        seen = self._read(plan, schedule)
+        for request, own in rows.items():
             slot = int(schedule.slots[request])
             with self._guarded(slot):
-                for row, allowed in self._masks(slot, request, seen, own, plan.num_next):
+                line = seen[request].tolist()
+                for row, allowed in self._masks(slot, request, line, own, plan.num_next):
                     chosen.append(row)
                     bits[row] = allowed[0, : bits.shape[1]]
+        word, bit = divmod(self._mask, 32)
+        for one in self._opened.values():
+            if not one.thinks:  # the column has to be filled
+                bits.view(np.uint32)[one.rows[one.column], word] &= np.uint32(~(1 << bit) % 2**32)
         if chosen:
-            apply_bits(logits, bits, chosen)
-            opened = [o.rows[o.column] for o in self._opened.values() if not o.thinks]
-            if opened:
-                # The column has to be filled.
-                logits[async_tensor_h2d(opened, device=logits.device), self._mask] = -torch.inf
+            apply_bits(logits, torch.from_numpy(bits), chosen)
 
     def possible(self, ends: Tensor, chance: Tensor, length: Tensor, schedule: Schedule) -> Tensor:
         """The `ends` [B] bool of requests with a token behind their text: those whose grammar
@@ -151,14 +151,17 @@ class GrammarTable:
         self, plan: Plan, packed: Packed, owner: np.ndarray, schedule: Schedule
     ) -> dict[int, dict[int, int]]:
         """By request with a grammar that can go on, its rows by their place."""
-        wanted = self._used[schedule.slots] & ~np.isin(schedule.slots, list(self._failed))
+        wanted = self._used[schedule.slots]
+        if self._failed:
+            wanted &= ~np.isin(schedule.slots, list(self._failed))
         padding = plan.rows.needed.shape[1]
+        places = packed.place.cpu().numpy()
+        chosen = np.flatnonzero(wanted[owner] & (places < padding))
         rows: dict[int, dict[int, int]] = {}
-        for row, (request, place) in enumerate(
-            zip(owner.tolist(), packed.place.tolist(), strict=True)
+        for request, place, row in zip(
+            owner[chosen].tolist(), places[chosen].tolist(), chosen.tolist(), strict=True
         ):
-            if wanted[request] and place < padding:
-                rows.setdefault(request, {})[place] = row
+            rows.setdefault(request, {})[place] = row
         return rows
 
     def walk(
@@ -175,25 +178,26 @@ class GrammarTable:
         opened, self._opened = self._opened, {}
         if not opened:
             return proposal, accepted
-        index = async_tensor_h2d(list(opened), dtype=torch.int64, device=accepted.device)
         is_last = (plan.step + 1 >= plan.options.max_steps)[:, None].expand_as(accepted)
-        fields = (proposal.canvas, proposal.token, accepted, is_last, proposal.probability > 0)
-        own = torch.stack([field[index].long() for field in fields], dim=1).cpu()
-        for one, row in zip(opened.values(), own, strict=True):
+        flags = accepted, is_last, proposal.probability > 0
+        fields = proposal.canvas, proposal.token, *(flag.long() for flag in flags)
+        seen = torch.stack(fields, dim=1).cpu().numpy()
+        for request, one in opened.items():
             with self._guarded(one.slot):
-                self._walk(one, row, draw_again)
-        canvas, token, taken, *_ = own.unbind(1)
-
-        def with_own(field: Tensor, rows: Tensor) -> Tensor:
-            rows = rows.to(field.dtype).to(field.device, non_blocking=True)
-            return field.index_copy(0, index, rows)
-
-        proposal = proposal._replace(
-            canvas=with_own(proposal.canvas, canvas), token=with_own(proposal.token, token)
+                self._walk(one, seen[request], draw_again)
+        requests = list(opened)
+        index, own = (
+            async_tensor_h2d(part, device=accepted.device)
+            for part in (np.array(requests), seen[requests, :3])
         )
-        return proposal, with_own(accepted, taken)
+        canvas, token, taken = own.unbind(1)
+        proposal = proposal._replace(
+            canvas=proposal.canvas.index_copy(0, index, canvas),
+            token=proposal.token.index_copy(0, index, token),
+        )
+        return proposal, accepted.index_copy(0, index, taken.bool())
 
-    def _walk(self, one: Opened, own: Tensor, draw_again: DrawAgain) -> None:
+    def _walk(self, one: Opened, own: np.ndarray, draw_again: DrawAgain) -> None:
         """Change what is proposed for one request: its canvas, tokens, and what is taken, of `own`
         [5, L], which also says whether the step is its canvas's last, and what has a chance."""
         canvas, token, taken, is_last, is_likely = own
@@ -211,25 +215,27 @@ class GrammarTable:
                 continue
             other = None
             if fresh and is_last[column]:
-                other = draw_again(one.rows[column], one.matcher.allowed())
+                other = draw_again(one.rows[column], torch.from_numpy(one.matcher.allowed()))
             if other is None or not one.matcher.accepts(other):
                 taken[column], canvas[column] = 0, self._mask
                 return
             token[column] = other
 
-    def _read(self, plan: Plan, schedule: Schedule, requests: list[int]) -> list[list[int]]:
-        """Of each of the `requests`: where its final text ends, columns of a text that is read,
+    def _read(self, plan: Plan, schedule: Schedule) -> np.ndarray:
+        """[B, 3 + L] int64: where each request's final text ends, columns of a text that is read,
         columns and tokens of its canvas."""
-        batch = schedule.batch
-        end = torch.where(batch.decodes, plan.state.start, batch.computed + batch.scheduled)
-        width = torch.where(batch.decodes, plan.canvases.width[:, 0], 0)
-        numbers = torch.stack([end, plan.text, width], dim=1)
-        index = async_tensor_h2d(requests, dtype=torch.int64, device=end.device)
-        return torch.cat([numbers, plan.state.tokens], dim=1)[index].tolist()
+        decodes, prompt = schedule.decodes, schedule.batch.computed + schedule.batch.scheduled
+        numbers = (plan.state.start, prompt, plan.text)
+        columns = [*(field[:, None] for field in numbers), plan.canvases.width[:, :1]]
+        seen = torch.cat([*columns, plan.state.tokens], dim=1).cpu().numpy()
+        # A prompt ends where nothing of a canvas is read.
+        seen[:, 1] = np.where(decodes, seen[:, 0], seen[:, 1])
+        seen[:, 3] *= decodes
+        return seen[:, 1:]
 
     def _masks(
         self, slot: int, request: int, seen: list[int], rows: dict[int, int], num_next: int
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Rows of logits of a request, and the bits of what each may give."""
         matcher = self._matchers[slot]
         end, text, width, *tokens = seen

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 class NothingFits(Exception):
     """The grammar and the other constraints of a request leave no token."""
+
+
+class Passed(NamedTuple):
+    """A token that a matcher has moved past."""
+
+    token: int
+    thought: bool  # it is counted among the thoughts
+    matched: bool  # the grammar has accepted it
 
 
 class Matcher:
@@ -43,8 +52,9 @@ class Matcher:
         self._compiled = compiled
         self._stops = stops
         self._thoughts = thoughts
-        # Tokens behind the final text: that the grammar has accepted, and that were thought.
-        self._ahead = self._thought_ahead = 0
+        self._line: list[Passed] = []
+        """What was accepted behind the final text."""
+        self._cursor = 0  # how much of it stands before what is asked about
         self.prompt_length = prompt_length
         self.position = prompt_length
         """Of the first token that is not final, as far as the matcher knows."""
@@ -66,25 +76,45 @@ class Matcher:
     @property
     def thinks(self) -> bool:
         """Whether the grammar has not begun: what comes next is not constrained."""
+        self._settle()
         return self._thoughts is not None and self._thoughts.go_on
 
-    def allowed(self) -> Tensor:
+    @cached_property
+    def _bits(self) -> tuple[Tensor, np.ndarray]:
+        bits = self._compiled.result()[1]
+        return bits, bits.numpy()
+
+    def allowed(self) -> np.ndarray:
         """[1, ceil(V / 32)] int32: a bit for each token that may come next; valid until the next
         call."""
-        grammar, bits = self._compiled.result()
-        grammar.fill_bitmask(bits, 0)
-        return bits
+        self._settle()
+        bits, array = self._bits
+        self._grammar.fill_bitmask(bits, 0)
+        return array
 
     def accepts(self, token: int) -> bool:
         """Move past `token` if it may come next."""
+        # A canvas that has grown begins with what was accepted before.
+        if self._cursor < len(self._line) and self._line[self._cursor].token == token:
+            self._cursor += 1
+            return True
+        passed = self._pass(token)
+        if passed is not None:
+            self._line.append(passed)
+            self._cursor += 1
+        return passed is not None
+
+    def _pass(self, token: int) -> Passed | None:
         if self.thinks:
             assert self._thoughts is not None
-            if self._thoughts.take(token) and not self._fits(token):
+            is_answer = self._thoughts.take(token)
+            if is_answer and not self._fits(token):
                 self._thoughts.back(1)
-                return False
-            self._thought_ahead += 1
-            return True
-        return self.has_ended or self._fits(token)
+                return None
+            return Passed(token, thought=True, matched=is_answer)
+        if self.has_ended:
+            return Passed(token, thought=False, matched=False)
+        return Passed(token, thought=False, matched=True) if self._fits(token) else None
 
     def _fits(self, token: int) -> bool:
         legal = bool(self._grammar.validate_tokens([token]))
@@ -93,16 +123,24 @@ class Matcher:
             legal = bool(self.allowed()[0, token // 32] >> (token % 32) & 1)
         if legal:
             self._grammar.accept_tokens("", [token])
-            self._ahead += 1
         return legal
 
     def follow(self, tokens: list[int]) -> None:
         """Go back to the final text, which has grown by `tokens`."""
-        if self._ahead:
-            self._grammar.rollback(self._ahead)
-        if self._thoughts is not None:
-            self._thoughts.back(self._thought_ahead)
+        self._cursor = 0
         if not all(self.accepts(token) for token in tokens):
             raise NothingFits
-        self._ahead = self._thought_ahead = 0
+        del self._line[: len(tokens)]
+        self._cursor = 0
         self.position += len(tokens)
+
+    def _settle(self) -> None:
+        """Forget what was accepted behind the place that is asked about."""
+        behind = self._line[self._cursor :]
+        if not behind:
+            return
+        del self._line[self._cursor :]
+        if matched := sum(passed.matched for passed in behind):
+            self._grammar.rollback(matched)
+        if self._thoughts is not None:
+            self._thoughts.back(sum(passed.thought for passed in behind))
