@@ -89,6 +89,13 @@ def check_logits(
         require_tensor("needed", needed, (num_rows,), (torch.int32, torch.bool), device)
 
 
+def columns(count: int, num_rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    """[R] fp32 each, uninitialised, at multiples of 16 bytes: for any other address, which would
+    depend on R, Triton compiles a kernel anew."""
+    padded = triton.cdiv(num_rows, 4) * 4
+    return torch.empty((count, padded), device=device)[:, :num_rows].unbind()
+
+
 def log_probabilities_reference(
     logits: Tensor,
     temperature: Tensor | None = None,

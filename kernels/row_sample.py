@@ -24,6 +24,7 @@ from .logits import (
     LN_2,
     LOWEST,
     check_logits,
+    columns,
     exponent_scale,
     load_logits,
     sound_rows,
@@ -236,11 +237,11 @@ def row_sample(
         if tensor is not None:
             require_tensor(name, tensor, (num_rows,), dtypes, device)
     token = torch.empty(num_rows, dtype=torch.int32, device=device)
-    result = RowSample(token, *torch.empty((3, num_rows), device=device).unbind())
+    result = RowSample(token, *columns(3, num_rows, device))
     if num_rows == 0:
         return result
     block_v = min(TILE, triton.next_power_of_2(vocab_size))
-    block_r = min(TILE // block_v, triton.next_power_of_2(num_rows))
+    block_r = TILE // block_v
     # An absent tensor is replaced by one that its flag keeps from being read.
     options = (temperature, needed, top_k, top_p, min_p)
     _row_sample_kernel[(triton.cdiv(num_rows, block_r),)](

@@ -14,6 +14,7 @@ from .logits import (
     LN_2,
     LOWEST,
     check_logits,
+    columns,
     exponent_scale,
     load_logits,
     log_probabilities_reference,
@@ -224,8 +225,7 @@ def row_statistics(
     check_logits(logits, temperature, banned_id, needed)
     (num_rows, vocab_size), device = logits.shape, logits.device
     token = torch.empty(num_rows, dtype=torch.int32, device=device)
-    probability, entropy, margin, lse = torch.empty((4, num_rows), device=device).unbind()
-    result = RowStatistics(token, probability, entropy, margin, lse)
+    result = RowStatistics(token, *columns(4, num_rows, device))
     if num_rows == 0:
         return result
     num_splits, tiles_per_split = _splits(num_rows, vocab_size, device)
@@ -250,7 +250,8 @@ def row_statistics(
         *inputs,
         *sizes,
         logits.stride(0),
-        BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+        # As many as a row may have, so that one kernel serves any number of rows.
+        BLOCK_SPLITS=triton.next_power_of_2(triton.cdiv(vocab_size, TILE)),
         **options,
     )
     return result

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding.rules import ENTROPY, MARGIN
-from vllm_nbdiff.decoding.sampling import Drawn, RowParams, greedy, sample
+from vllm_nbdiff.decoding.sampling import Asked, Drawn, RowParams, greedy, sample
 
 
 def has_kernels(logits: Tensor) -> bool:
@@ -38,6 +38,24 @@ def draw_rows(
         return sample(logits, params, mask_token_id)
     rows = needed.nonzero()[:, 0]
     return _spread(rows, sample(logits[rows], params[rows], mask_token_id), len(logits))
+
+
+def compile_kernels(dtypes: set[torch.dtype], vocab_size: int, device: torch.device) -> None:
+    """Run every variant of the kernels that `draw_rows` asks for where each row may be needed or
+    not, on rows of no use.
+
+    Args:
+        dtypes: of logits.
+        vocab_size: V.
+    """
+    needed, one = torch.zeros(1, dtype=torch.bool, device=device), torch.ones(1, device=device)
+    for dtype in dtypes:
+        logits = torch.zeros((1, vocab_size), dtype=dtype, device=device)
+        _draw_greedily(logits, needed)
+        for filters in (False, True):
+            asked = Asked(greedy=False, sampled=True, filters=filters, scores=False)
+            params = RowParams(one, one, one.long(), one, one.long(), one.double(), asked)
+            _draw_on_device(logits, params, 0, needed)
 
 
 def _draw_greedily(logits: Tensor, needed: Tensor | None) -> Drawn:

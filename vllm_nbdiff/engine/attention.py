@@ -176,7 +176,9 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         engine = BlockDiffusionConfig.from_vllm_config(get_current_vllm_config()).engine
-        self._attend, self._write = KERNELS[engine.attention_kernel or "triton"]
+        kernel = engine.attention_kernel or "triton"
+        self.runs_kernels = kernel == "triton"
+        self._attend, self._write = KERNELS[kernel]
         self._is_fp8 = is_quantized_kv_cache(kv_cache_dtype)
 
     def forward(
@@ -198,14 +200,14 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
         count = attn_metadata.num_tokens
         self._attend(
             query[:count],
-            *self._split(kv_cache),
+            *self.split(kv_cache),
             attn_metadata.segments,
             scale=self.scale,
             max_query_len=attn_metadata.max_query_len,
             max_kv_len=attn_metadata.max_kv_len,
             likely_segments=attn_metadata.likely_segments,
             out=output[:count],
-            kv_scales=self._scales(layer),
+            kv_scales=self.scales(layer),
         )
         return output
 
@@ -222,17 +224,17 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
         self._write(
             key[:count],
             value[:count],
-            *self._split(kv_cache),
+            *self.split(kv_cache),
             slot_mapping,
             copies=self.copies and self.copies.given,
-            kv_scales=self._scales(layer),
+            kv_scales=self.scales(layer),
         )
 
-    def _scales(self, layer: AttentionLayer) -> KVScales | None:
+    def scales(self, layer: AttentionLayer) -> KVScales | None:
         """Factors of the layer's fp8 cache."""
         return KVScales(layer._k_scale, layer._v_scale) if self._is_fp8 else None
 
-    def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[pages, page_size, kv_heads, head_size] of keys and of values.
 
         vLLM's cache is [pages, kv_heads, page_size, 2 * head_size].

@@ -41,6 +41,7 @@ from vllm_nbdiff.engine.ranks import alone, of_first_rank
 from vllm_nbdiff.engine.sampler import RowSampler
 from vllm_nbdiff.engine.schedule import ScheduleReader
 from vllm_nbdiff.engine.step_map import StepTable
+from vllm_nbdiff.engine.warm_up import warm_up
 from vllm_nbdiff.graphs import refuse_graphs
 
 _CPU_STEPS_PER_SCHEDULE = 16
@@ -192,6 +193,8 @@ class NBDiffModelState(ModelState):
             self._copy_kv(group.layer_names)
         if not self.config.static_shapes:
             return
+        layers = self.vllm_config.compilation_config.static_forward_context
+        warm_up(self.vllm_config, (layers[name] for name in group.layer_names), self.device)
         scheduler, block = self.vllm_config.scheduler_config, self.config.block_length
         self._graph = GraphBuffers(
             scheduler.max_num_batched_tokens,
