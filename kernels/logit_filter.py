@@ -11,12 +11,22 @@ equal logits at the boundary of top_p those of the smallest ids are kept, as man
 base-2 exponents, vocabulary size, banned token).
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .logits import load_logits, log_probabilities_reference
+from .logits import (
+    LOWEST,
+    columns,
+    exponent_scale,
+    load_logits,
+    log_probabilities_reference,
+    rows_of_program,
+    two_largest,
+)
 
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 
@@ -152,6 +162,102 @@ def top_p_boundary(  # type: ignore[no-untyped-def]
     _count, above = count_and_mass_above(threshold, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
     last = last_equal(threshold, limit - above, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
     return threshold, tl.where(top_p < 1.0, last, everything)
+
+
+@triton.jit(do_not_specialize=["num_rows", "banned_id"])
+def _filter_bounds_kernel(  # type: ignore[no-untyped-def]
+    top_ptr,
+    floor_ptr,
+    threshold_ptr,
+    last_ptr,
+    logits_ptr,
+    temperature_ptr,
+    needed_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    num_rows,
+    vocab_size,
+    banned_id,
+    stride_logits,
+    SHIFT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    HAS_BAN: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_NEEDED: tl.constexpr,
+    HAS_TOP_K: tl.constexpr,
+    HAS_TOP_P: tl.constexpr,
+    HAS_MIN_P: tl.constexpr,
+):
+    index, valid, row, needed = rows_of_program(needed_ptr, num_rows, BLOCK_R, HAS_NEEDED)
+    if tl.max(needed.to(tl.int32), axis=0) == 0:
+        return
+    x_ptr = logits_ptr + row[:, None] * stride_logits
+    scale = exponent_scale(temperature_ptr, row, HAS_TEMPERATURE) + tl.zeros([BLOCK_R], tl.float32)
+    top, _second, _bad = two_largest(
+        x_ptr, 0, vocab_size, vocab_size, banned_id, BLOCK_R, BLOCK_V, HAS_BAN
+    )
+    rows = (x_ptr, top, scale, vocab_size, banned_id)
+    # min_p keeps p >= min_p max p, a floor on the exponent.
+    floor = tl.full([BLOCK_R], -float("inf"), tl.float32)
+    if HAS_MIN_P:
+        min_p = tl.minimum(tl.load(min_p_ptr + row), 1.0)
+        floor = tl.where(min_p > 0.0, tl.log2(tl.where(min_p > 0.0, min_p, 1.0)), floor)
+    threshold = ordered_key(tl.full([BLOCK_R], LOWEST, tl.float32), SHIFT)
+    last = tl.zeros([BLOCK_R], tl.int32) + vocab_size
+    if HAS_TOP_K:
+        threshold = top_k_threshold(
+            tl.load(top_k_ptr + row), threshold, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
+        )
+    if HAS_TOP_P:
+        threshold, last = top_p_boundary(
+            tl.load(top_p_ptr + row), threshold, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
+        )
+    tl.store(top_ptr + index, top, mask=valid)
+    tl.store(floor_ptr + index, floor, mask=valid)
+    tl.store(threshold_ptr + index, threshold, mask=valid)
+    tl.store(last_ptr + index, last, mask=valid)
+
+
+class FilterBounds(NamedTuple):
+    """Which tokens of a row pass the filters, [R] each; anything for rows that are not needed."""
+
+    top: Tensor  # fp32, the largest logit
+    floor: Tensor  # fp32, smallest base-2 exponent, relative to that of `top`
+    threshold: Tensor  # int32, smallest `ordered_key`
+    last: Tensor  # int32, last token with this key
+
+
+def filter_bounds(
+    logits: Tensor,
+    filters: tuple[Tensor | None, ...],
+    inputs: list[Tensor],
+    sizes: tuple[int, ...],
+    options: dict[str, Any],
+) -> FilterBounds:
+    """What the filters keep of each row: a program reads it as often as they ask for.
+
+    Args:
+        logits: [R, V].
+        filters: `top_k`, `top_p` and `min_p` of `row_sample`.
+        inputs, sizes, options: of the kernel: temperature and what is needed, numbers, constants.
+    """
+    num_rows, device = len(logits), logits.device
+    integers = torch.empty((2, triton.cdiv(num_rows, 4) * 4), dtype=torch.int32, device=device)
+    bounds = FilterBounds(*columns(2, num_rows, device), *integers[:, :num_rows].unbind())
+    _filter_bounds_kernel[(triton.cdiv(num_rows, options["BLOCK_R"]),)](
+        *bounds,
+        logits,
+        *inputs,
+        *(logits if x is None else x for x in filters),
+        *sizes,
+        HAS_TOP_K=filters[0] is not None,
+        HAS_TOP_P=filters[1] is not None,
+        HAS_MIN_P=filters[2] is not None,
+        **options,
+    )
+    return bounds
 
 
 def zero_bits(dtype: torch.dtype) -> int:

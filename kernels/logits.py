@@ -17,7 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kv_split import multiprocessor_count
 from .validation import FLOAT_DTYPES, require, require_tensor
+
+TILE = 4096  # logits that a program reads at a time
+PROGRAMS_PER_PROCESSOR = 4  # of 4 warps each: enough loads in flight to cover memory latency
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -39,17 +43,20 @@ def load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN: tl.constexpr):
 @triton.jit
 def two_largest(  # type: ignore[no-untyped-def]
     row_ptr,
+    begin,
+    end,
     vocab_size,
     banned_id,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     HAS_BAN: tl.constexpr,
 ):
-    """Per row: the largest logit, the second largest (equal on a tie), whether there is a NaN."""
+    """Per row, of the tokens [begin, end): the largest logit, the second largest (equal on a tie),
+    whether there is a NaN. `begin` is a multiple of BLOCK_V, and so is `end` or it is the last."""
     top = tl.full([BLOCK_R, BLOCK_V], LOWEST, tl.float32)
     second = tl.full([BLOCK_R, BLOCK_V], LOWEST, tl.float32)
     bad = tl.zeros([BLOCK_R, BLOCK_V], tl.int32)
-    for start in range(0, vocab_size, BLOCK_V):
+    for start in range(begin, end, BLOCK_V):
         offsets = (start + tl.arange(0, BLOCK_V))[None, :]
         x = load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN)
         bad |= (x != x).to(tl.int32)
@@ -64,6 +71,19 @@ def two_largest(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def rows_of_program(needed_ptr, num_rows, BLOCK_R: tl.constexpr, HAS_NEEDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[BLOCK_R] each: places in the output, whether there is such a row, the row to read (of those
+    past the end row 0, of which nothing is stored), whether it is needed."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid = index < num_rows
+    row = tl.where(valid, index, 0)
+    needed = valid
+    if HAS_NEEDED:
+        needed = valid & (tl.load(needed_ptr + row) != 0)
+    return index, valid, row, needed
+
+
+@triton.jit
 def exponent_scale(temperature_ptr, row, HAS_TEMPERATURE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Factor from logits to base-2 exponents: log2(e) / T."""
     temperature = 1.0
@@ -71,6 +91,14 @@ def exponent_scale(temperature_ptr, row, HAS_TEMPERATURE: tl.constexpr):  # type
         loaded = tl.load(temperature_ptr + row)
         temperature = tl.where(loaded < GREEDY_BELOW, 1.0, loaded)
     return LOG2_E / temperature
+
+
+def row_parts(num_rows: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
+    """Parts a row is cut into so that few rows fill the GPU too, and the tiles of a part."""
+    num_tiles = triton.cdiv(vocab_size, TILE)
+    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * multiprocessor_count(device), num_rows)
+    tiles_per_part = triton.cdiv(num_tiles, min(wanted, num_tiles))
+    return triton.cdiv(num_tiles, tiles_per_part), tiles_per_part
 
 
 def check_logits(

@@ -12,27 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .logit_filter import (
-    NO_TOKEN,
-    filtered_probabilities_reference,
-    ordered_key,
-    top_k_threshold,
-    top_p_boundary,
-    zero_bits,
-)
+from .kept_weights import invert, load_bounds, partial_sums_kernel
+from .logit_filter import filter_bounds, filtered_probabilities_reference, zero_bits
 from .logits import (
     LN_2,
     LOWEST,
+    TILE,
     check_logits,
     columns,
     exponent_scale,
-    load_logits,
+    row_parts,
+    rows_of_program,
     sound_rows,
-    two_largest,
 )
 from .validation import as_bytes, require_tensor
-
-TILE = 4096  # logits per step of a program: one long row's part, or several short rows
 
 
 class RowSample(NamedTuple):
@@ -51,152 +44,94 @@ class RowSample(NamedTuple):
     """fp32: the largest probability minus the second largest."""
 
 
-@triton.jit
-def _kept_weights(offsets, rows, bounds, SHIFT: tl.constexpr, HAS_BAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Exponents scale (x - best), and 2^ them in fp64 of the tokens that pass the filters, 0 of the
-    others; `bounds` is (smallest key, last token with this key, smallest exponent)."""
-    row_ptr, best, scale, vocab_size, banned_id = rows
-    threshold, last, floor = bounds
-    x = load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN)
-    exponent = (x - best[:, None]) * scale[:, None]
-    key = ordered_key(x, SHIFT)
-    kept = (key > threshold[:, None]) | ((key == threshold[:, None]) & (offsets <= last[:, None]))
-    kept = kept & (x > LOWEST) & (exponent >= floor[:, None])
-    return exponent, tl.where(kept, tl.exp2(exponent), 0.0).to(tl.float64)
-
-
-@triton.jit
-def _kept_sums(  # type: ignore[no-untyped-def]
-    rows,
-    bounds,
-    SHIFT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    HAS_BAN: tl.constexpr,
-):
-    """Per row: sum of the kept weights, of their products with the exponents, and their number."""
-    vocab_size = rows[3]
-    kept = tl.zeros([BLOCK_R], tl.float64)
-    weighted = tl.zeros([BLOCK_R], tl.float64)
-    count = tl.zeros([BLOCK_R], tl.int32)
-    for start in range(0, vocab_size, BLOCK_V):
-        offsets = (start + tl.arange(0, BLOCK_V))[None, :]
-        exponent, weights = _kept_weights(offsets, rows, bounds, SHIFT, HAS_BAN)
-        kept += tl.sum(weights, axis=1)
-        weighted += tl.sum(exponent.to(tl.float64) * weights, axis=1)
-        count += tl.sum((weights > 0.0).to(tl.int32), axis=1)
-    return kept, weighted, count
-
-
-@triton.jit
-def _invert(  # type: ignore[no-untyped-def]
-    target,
-    rows,
-    bounds,
-    SHIFT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    HAS_BAN: tl.constexpr,
-):
-    """Per row: the token at which the sum of the kept weights passes the target, and its weight."""
-    vocab_size = rows[3]
-    # The tile in which the sum passes the target or, if rounding hides it, the last one with mass.
-    reached = tl.zeros([BLOCK_R], tl.float64)
-    before = tl.zeros([BLOCK_R], tl.float64)
-    tile = tl.zeros([BLOCK_R], tl.int32)
-    for start in range(0, vocab_size, BLOCK_V):
-        offsets = (start + tl.arange(0, BLOCK_V))[None, :]
-        _exponent, weights = _kept_weights(offsets, rows, bounds, SHIFT, HAS_BAN)
-        mass = tl.sum(weights, axis=1)
-        here = (reached <= target) & (mass > 0.0)
-        tile = tl.where(here, start, tile)
-        before = tl.where(here, reached, before)
-        reached += mass
-
-    offsets = tile[:, None] + tl.arange(0, BLOCK_V)[None, :]
-    _exponent, weights = _kept_weights(offsets, rows, bounds, SHIFT, HAS_BAN)
-    passed = (before[:, None] + tl.cumsum(weights, axis=1) > target[:, None]) & (weights > 0.0)
-    first = tl.min(tl.where(passed, offsets, NO_TOKEN), axis=1)
-    last = tl.max(tl.where(weights > 0.0, offsets, 0), axis=1)
-    token = tl.where(first == NO_TOKEN, last, first)
-    return token, tl.sum(tl.where(offsets == token[:, None], weights, 0.0), axis=1)
-
-
-@triton.jit(do_not_specialize=["num_rows", "banned_id"])
-def _row_sample_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["num_rows", "banned_id", "num_parts", "tiles_per_part"])
+def _final_sample_kernel(  # type: ignore[no-untyped-def]
     token_ptr,
     probability_ptr,
     entropy_ptr,
     margin_ptr,
-    logits_ptr,
     draw_ptr,
+    extent_ptr,
+    sums_ptr,
+    logits_ptr,
+    top_ptr,
+    floor_ptr,
+    threshold_ptr,
+    last_ptr,
     temperature_ptr,
     needed_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
     num_rows,
     vocab_size,
     banned_id,
     stride_logits,
+    num_parts,
+    tiles_per_part,
     SHIFT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     HAS_BAN: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_NEEDED: tl.constexpr,
-    HAS_TOP_K: tl.constexpr,
-    HAS_TOP_P: tl.constexpr,
-    HAS_MIN_P: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid = index < num_rows
-    row = tl.where(valid, index, 0)  # rows past the end repeat row 0 and store nothing
-    needed = valid
-    if HAS_NEEDED:
-        needed = valid & (tl.load(needed_ptr + row) != 0)
-        if tl.max(needed.to(tl.int32), axis=0) == 0:
-            zero = tl.zeros([BLOCK_R], tl.float32)
-            tl.store(token_ptr + index, tl.full([BLOCK_R], -1, tl.int32), mask=valid)
-            tl.store(probability_ptr + index, zero, mask=valid)
-            tl.store(entropy_ptr + index, zero, mask=valid)
-            tl.store(margin_ptr + index, zero, mask=valid)
-            return
+    index, valid, row, needed = rows_of_program(needed_ptr, num_rows, BLOCK_R, HAS_NEEDED)
+    if tl.max(needed.to(tl.int32), axis=0) == 0:
+        zero = tl.zeros([BLOCK_R], tl.float32)
+        tl.store(token_ptr + index, tl.full([BLOCK_R], -1, tl.int32), mask=valid)
+        tl.store(probability_ptr + index, zero, mask=valid)
+        tl.store(entropy_ptr + index, zero, mask=valid)
+        tl.store(margin_ptr + index, zero, mask=valid)
+        return
     x_ptr = logits_ptr + row[:, None] * stride_logits
     scale = exponent_scale(temperature_ptr, row, HAS_TEMPERATURE) + tl.zeros([BLOCK_R], tl.float32)
-    best, runner_up, bad = two_largest(x_ptr, vocab_size, banned_id, BLOCK_R, BLOCK_V, HAS_BAN)
+    # Of rows that are not needed nothing was stored.
+    part = tl.arange(0, BLOCK_P)[None, :]
+    place = (row[:, None] * num_parts + part) * 3
+    mask = (part < num_parts) & needed[:, None]
+    tops = tl.load(extent_ptr + place, mask=mask, other=LOWEST)
+    seconds = tl.load(extent_ptr + place + 1, mask=mask, other=LOWEST)
+    bad = tl.max(tl.load(extent_ptr + place + 2, mask=mask, other=0.0), axis=1) > 0.0
+    masses = tl.load(sums_ptr + place, mask=mask, other=0.0)
+    weighted = tl.load(sums_ptr + place + 1, mask=mask, other=0.0)
+    count = tl.sum(tl.load(sums_ptr + place + 2, mask=mask, other=0.0), axis=1)
 
-    rows = (x_ptr, best, scale, vocab_size, banned_id)
+    best = tl.max(tops, axis=1)
+    winner = tops == best[:, None]
+    rest = tl.max(tl.where(winner, LOWEST, tops), axis=1)
+    tie = tl.sum(winner.to(tl.int32), axis=1) > 1
+    runner_up = tl.maximum(tl.max(seconds, axis=1), tl.where(tie, best, rest))
+    shift = (tops - best[:, None]) * scale[:, None]
+    decay = tl.exp2(shift).to(tl.float64)
+    weighted = tl.sum(decay * (weighted + shift.to(tl.float64) * masses), axis=1)
+    masses = decay * masses
+    kept = tl.sum(masses, axis=1)
 
-    # min_p keeps p >= min_p max p, a floor on the exponent.
-    floor = tl.full([BLOCK_R], -float("inf"), tl.float32)
-    if HAS_MIN_P:
-        min_p = tl.minimum(tl.load(min_p_ptr + row), 1.0)
-        floor = tl.where(min_p > 0.0, tl.log2(tl.where(min_p > 0.0, min_p, 1.0)), floor)
-    threshold = ordered_key(tl.full([BLOCK_R], LOWEST, tl.float32), SHIFT)
-    last = tl.zeros([BLOCK_R], tl.int32) + vocab_size
-    if HAS_TOP_K:
-        threshold = top_k_threshold(
-            tl.load(top_k_ptr + row), threshold, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
-        )
-    if HAS_TOP_P:
-        threshold, last = top_p_boundary(
-            tl.load(top_p_ptr + row), threshold, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
-        )
-    bounds = (threshold, last, floor)
-    kept, weighted, count = _kept_sums(rows, bounds, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
+    # The part in which the sum passes the target or, if rounding hides it, the last with mass.
     target = tl.load(draw_ptr + row) * kept
-    token, weight = _invert(target, rows, bounds, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
+    before = tl.cumsum(masses, axis=1) - masses
+    here = (before <= target[:, None]) & (masses > 0.0)
+    chosen = tl.max(tl.where(here, part, 0), axis=1)
+    own = part == chosen[:, None]
+    decay = tl.sum(tl.where(own, decay, 0.0), axis=1)
+    target = (target - tl.sum(tl.where(own, before, 0.0), axis=1)) / decay
+    rows = (x_ptr, tl.sum(tl.where(own, tops, 0.0), axis=1), scale, vocab_size, banned_id)
+    pointers = (top_ptr, floor_ptr, threshold_ptr, last_ptr)
+    bounds = load_bounds(pointers, row, best, vocab_size, SHIFT, HAS_BOUNDS)
+    begin = chosen * tiles_per_part * BLOCK_V
+    token, weight = invert(
+        target, begin, tiles_per_part, rows, bounds, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
+    )
 
     found = (best > LOWEST) & (best < float("inf")) & (~bad)
     kept = tl.where(found, kept, 1.0)
     entropy = tl.maximum(tl.log2(kept.to(tl.float32)) - (weighted / kept).to(tl.float32), 0.0)
-    second = tl.where(count > 1, tl.exp2((runner_up - best) * scale), 0.0)
+    second = tl.where(count > 1.0, tl.exp2((runner_up - best) * scale), 0.0)
     margin = (1.0 - second) / kept.to(tl.float32)
     unsound = tl.where(needed, float("inf"), 0.0)
     found = found & needed
     tl.store(token_ptr + index, tl.where(found, token, tl.where(needed, 0, -1)), mask=valid)
-    probability = (weight / kept).to(tl.float32)
+    probability = (weight * decay / kept).to(tl.float32)
     tl.store(probability_ptr + index, tl.where(found, probability, 0.0), mask=valid)
     tl.store(entropy_ptr + index, tl.where(found, entropy * LN_2, unsound), mask=valid)
     tl.store(margin_ptr + index, tl.where(found, margin, 0.0), mask=valid)
@@ -241,28 +176,44 @@ def row_sample(
     if num_rows == 0:
         return result
     block_v = min(TILE, triton.next_power_of_2(vocab_size))
-    block_r = TILE // block_v
+    options = {
+        "SHIFT": zero_bits(logits.dtype),
+        "BLOCK_R": TILE // block_v,
+        "BLOCK_V": block_v,
+        "HAS_BAN": banned_id is not None,
+        "HAS_TEMPERATURE": temperature is not None,
+        "HAS_NEEDED": needed is not None,
+        "num_warps": 8,
+    }
     # An absent tensor is replaced by one that its flag keeps from being read.
-    options = (temperature, needed, top_k, top_p, min_p)
-    _row_sample_kernel[(triton.cdiv(num_rows, block_r),)](
+    inputs = [logits if x is None else as_bytes(x) for x in (temperature, needed)]
+    sizes = (num_rows, vocab_size, -1 if banned_id is None else banned_id, logits.stride(0))
+    bounds: tuple[Tensor, ...] = (logits,) * 4
+    filters = (top_k, top_p, min_p)
+    filtered = any(x is not None for x in filters)
+    if filtered:
+        bounds = filter_bounds(logits, filters, inputs, sizes, options)
+    options["HAS_BOUNDS"] = filtered
+    num_parts, tiles_per_part = row_parts(num_rows, vocab_size, device)
+    extent = torch.empty((num_rows, num_parts, 3), device=device)
+    sums = torch.empty((num_rows, num_parts, 3), dtype=torch.float64, device=device)
+    sizes = (*sizes, num_parts, tiles_per_part)
+    blocks = triton.cdiv(num_rows, TILE // block_v)
+    partial_sums_kernel[(blocks, num_parts)](
+        extent, sums, logits, *bounds, *inputs, *sizes, **options
+    )
+    _final_sample_kernel[(blocks,)](
         *result,
-        logits,
         draw,
-        *(logits if x is None else as_bytes(x) for x in options),
-        num_rows,
-        vocab_size,
-        -1 if banned_id is None else banned_id,
-        logits.stride(0),
-        SHIFT=zero_bits(logits.dtype),
-        BLOCK_R=block_r,
-        BLOCK_V=block_v,
-        HAS_BAN=banned_id is not None,
-        HAS_TEMPERATURE=temperature is not None,
-        HAS_NEEDED=needed is not None,
-        HAS_TOP_K=top_k is not None,
-        HAS_TOP_P=top_p is not None,
-        HAS_MIN_P=min_p is not None,
-        num_warps=8,
+        extent,
+        sums,
+        logits,
+        *bounds,
+        *inputs,
+        *sizes,
+        # As many as a row may have, so that one kernel serves any number of rows.
+        BLOCK_P=triton.next_power_of_2(triton.cdiv(vocab_size, TILE)),
+        **options,
     )
     return result
 

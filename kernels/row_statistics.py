@@ -8,24 +8,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kv_split import multiprocessor_count
 from .logits import (
     GREEDY_BELOW,
     LN_2,
     LOWEST,
+    TILE,
     check_logits,
     columns,
     exponent_scale,
     load_logits,
     log_probabilities_reference,
+    row_parts,
     sound_rows,
 )
 from .validation import as_bytes
 
 # A tile is 4 vectors of LANES consecutive logits: 4 warps x 32 threads x a 16-byte load of bf16.
-LANES = 1024
-TILE = 4 * LANES
-PROGRAMS_PER_PROCESSOR = 4  # of 4 warps each: enough loads in flight to cover memory latency
+LANES = TILE // 4
 
 
 class RowStatistics(NamedTuple):
@@ -200,14 +199,6 @@ def _final_statistics_kernel(  # type: ignore[no-untyped-def]
     tl.store(lse_ptr + row, tl.where(found, lse, -float("inf")))
 
 
-def _splits(num_rows: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
-    """Parts a row is cut into so that few rows fill the GPU too, and the tiles of a part."""
-    num_tiles = triton.cdiv(vocab_size, TILE)
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * multiprocessor_count(device), num_rows)
-    tiles_per_split = triton.cdiv(num_tiles, min(wanted, num_tiles))
-    return triton.cdiv(num_tiles, tiles_per_split), tiles_per_split
-
-
 def row_statistics(
     logits: Tensor,
     *,
@@ -228,7 +219,7 @@ def row_statistics(
     result = RowStatistics(token, *columns(4, num_rows, device))
     if num_rows == 0:
         return result
-    num_splits, tiles_per_split = _splits(num_rows, vocab_size, device)
+    num_splits, tiles_per_split = row_parts(num_rows, vocab_size, device)
     partial = torch.empty((num_rows, num_splits, 4), device=device)
     tile = torch.empty((num_rows, num_splits), dtype=torch.int32, device=device)
     # A pointer argument cannot be None on every Triton release; an absent one is never read.

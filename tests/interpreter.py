@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels without a GPU: in Triton's interpreter."""
 
+import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import triton
 import triton.language
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -20,4 +26,44 @@ def interpret_kernels() -> None:
         if name.startswith(("triton.language", "vllm_nbdiff.kernels")):
             for attribute, function in list(vars(module).items()):
                 if isinstance(function, JITFunction):
-                    setattr(module, attribute, InterpretedFunction(function.fn))
+                    numbers = function.do_not_specialize
+                    own = InterpretedFunction(function.fn, do_not_specialize=numbers)
+                    setattr(module, attribute, own)
+
+
+Specialisations = set[tuple[Any, ...]]
+
+
+@contextmanager
+def recorded_launches() -> Iterator[Specialisations]:
+    """What Triton would compile on a CUDA device for the launches of the plugin's kernels."""
+    found: Specialisations = set()
+    run = InterpretedFunction.run
+
+    def record(
+        self: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
+    ) -> Any:
+        if self.fn.__module__.startswith("vllm_nbdiff"):
+            found.add(_specialisation(self, *args, **kwargs))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    InterpretedFunction.run = record
+    try:
+        yield found
+    finally:
+        InterpretedFunction.run = run
+
+
+def _specialisation(kernel: InterpretedFunction, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """Equal for launches of one compiled kernel."""
+    parameters = inspect.signature(kernel.fn).parameters
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    key = []
+    for name, parameter in parameters.items():
+        value = given.pop(name)
+        if "constexpr" in str(parameter.annotation):
+            key.append(value)
+        else:
+            varies = name in (kernel.kwargs.get("do_not_specialize") or ())
+            key.append(native_specialize_impl(CUDABackend, value, False, not varies, True))
+    return kernel.fn.__name__, *key, *given.items()

@@ -7,10 +7,15 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch import Tensor
+from vllm_nbdiff.kernels import logits as logits_module
 from vllm_nbdiff.kernels import row_sample as module
 from vllm_nbdiff.kernels.logit_filter import filtered_probabilities_reference
-from vllm_nbdiff.kernels.row_sample import TILE, row_sample, row_sample_reference
+from vllm_nbdiff.kernels.logits import TILE
+from vllm_nbdiff.kernels.row_sample import row_sample, row_sample_reference
 from vllm_nbdiff.kernels.uniform import uniform
+
+from tests.interpreter import recorded_launches
+from tests.kernels.conftest import DEVICE
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = torch.finfo(torch.float32).eps
@@ -70,6 +75,33 @@ def test_draws_with_filters(dtype: torch.dtype) -> None:
 
 def test_draws_with_filters_over_several_tiles() -> None:
     assert_draws_match((torch.randn(3, 9001) * 3).half(), **random_filters(3))
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("processors", [1, 150, 10_000], ids=["whole rows", "two tiles", "tiles"])
+def test_rows_cut_into_parts(
+    processors: int, filtered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in (module, logits_module):
+        monkeypatch.setattr(place, "TILE", 32)
+    monkeypatch.setattr(logits_module, "multiprocessor_count", lambda device: processors)
+    rows = 20
+    logits = (torch.randn(rows, 32 * 6 + 5) * torch.linspace(0.1, 5, rows)[:, None]).bfloat16()
+    logits[::5, 32:96] = -torch.inf
+    logits[1::5, -40:] = logits[1::5].amax(1, keepdim=True)
+    logits[2::5, [3, -1]] = logits[2::5].amax(1, keepdim=True) + 1  # a tie of two parts
+    assert_draws_match(logits, banned_id=7, **(random_filters(rows) if filtered else {}))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter's launches are recorded")
+def test_one_kernel_serves_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is compiled while others wait because a batch has one row more."""
+    monkeypatch.setattr(logits_module, "multiprocessor_count", lambda device: 4)
+    with recorded_launches() as found:
+        for rows in (1, 2, 3, 4, 7, 16):
+            logits, needed = torch.randn(rows, 5 * TILE), torch.ones(rows, dtype=torch.int32)
+            row_sample(logits, draw=draws(rows), needed=needed, top_p=torch.ones(rows))
+    assert len(found) == 3
 
 
 def test_draws_with_everything() -> None:
@@ -181,7 +213,9 @@ VOCAB = 16
 @pytest.mark.parametrize("filtered", [False, True])
 def test_distribution_by_chi_square(filtered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """1e5 draws at consecutive positions of one seed; rare tokens down to 1e-4 are in the test."""
-    monkeypatch.setattr(module, "TILE", 2**17)  # the interpreter is slow per program, not per row
+    # The interpreter is slow per program, not per row.
+    for place in (module, logits_module):
+        monkeypatch.setattr(place, "TILE", 2**17)
     logits = torch.linspace(0, -9, VOCAB)[torch.randperm(VOCAB)].half()
     options: dict[str, Tensor] = {"temperature": torch.full((DRAWS,), 0.8)}
     if filtered:

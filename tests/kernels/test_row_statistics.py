@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm_nbdiff.kernels import row_statistics as module
+from vllm_nbdiff.kernels import logits as module
+from vllm_nbdiff.kernels.logits import TILE
 from vllm_nbdiff.kernels.row_statistics import (
-    TILE,
     RowStatistics,
     row_statistics,
     row_statistics_reference,
 )
+
+from tests.interpreter import recorded_launches
+from tests.kernels.conftest import DEVICE
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = torch.finfo(torch.float32).eps
@@ -56,6 +59,17 @@ def test_row_counts(rows: int) -> None:
 def test_rows_cut_into_parts(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "multiprocessor_count", lambda device: processors)
     assert_as_good_as_fp32(random_logits(2, 5 * TILE + 17))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter's launches are recorded")
+def test_one_kernel_serves_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is compiled while others wait because a batch has one row more."""
+    monkeypatch.setattr(module, "multiprocessor_count", lambda device: 4)
+    with recorded_launches() as found:
+        for rows in (1, 2, 3, 4, 7, 16):
+            logits, needed = random_logits(rows, 5 * TILE), torch.ones(rows, dtype=torch.int32)
+            row_statistics(logits, needed=needed)
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
