@@ -187,7 +187,12 @@ def row_sample(
     }
     # An absent tensor is replaced by one that its flag keeps from being read.
     inputs = [logits if x is None else as_bytes(x) for x in (temperature, needed)]
-    sizes = (num_rows, vocab_size, -1 if banned_id is None else banned_id, logits.stride(0))
+    sizes: tuple[int, ...] = (
+        num_rows,
+        vocab_size,
+        -1 if banned_id is None else banned_id,
+        logits.stride(0),
+    )
     bounds: tuple[Tensor, ...] = (logits,) * 4
     filters = (top_k, top_p, min_p)
     filtered = any(x is not None for x in filters)
