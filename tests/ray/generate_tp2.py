@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints, as JSON, the tokens of golden cases with tensor parallel 2 on one executor.
 
-python generate_tp2.py {mp,ray} {dynamic,static} CHECKPOINT HF_OVERRIDES < requests.json
+python generate_tp2.py {mp,ray} {dynamic,static} CHECKPOINT HF_OVERRIDES [PARSER] < requests.json
 """
 
 import json
@@ -16,9 +16,10 @@ from vllm.sampling_params import StructuredOutputsParams
 def main() -> None:
     """Read requests, `{"prompt": ids, "params": {...}}` each, and answer.
 
-    Where the checkpoint has a tokenizer they may have a `constraint`.
+    Where the checkpoint has a tokenizer they may have a `constraint`, that of an answer if PARSER,
+    a `structured_outputs_config`, tells it from thoughts.
     """
-    executor, shapes, checkpoint, overrides = sys.argv[1:]
+    executor, shapes, checkpoint, overrides, *parser = sys.argv[1:]
     requests = json.load(sys.stdin)
     if executor == "ray":
         import ray
@@ -35,6 +36,7 @@ def main() -> None:
         max_model_len=512,
         kv_cache_memory_bytes=64 << 20,
         additional_config={"nbdiff": {"static_shapes": shapes == "static"}},
+        structured_outputs_config=json.loads(parser[0]) if parser else {},
     )
     outputs = llm.generate(
         [{"prompt_token_ids": request["prompt"]} for request in requests],

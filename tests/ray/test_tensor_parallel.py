@@ -17,6 +17,7 @@ import jsonschema
 import pytest
 from transformers import AutoTokenizer
 
+from tests import reasoning_parser
 from tests.conftest import GOLDEN
 from tests.families.test_golden import cases_of
 from tests.families.test_golden import request_of as family_request_of
@@ -146,3 +147,28 @@ def test_grammars_with_two_workers() -> None:
     number, *words, _ = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers)
     jsonschema.validate(json.loads(number), schema)
     assert all(re.fullmatch("[A-Z][a-z]{4} [0-9]{2}", word) for word in words)
+
+
+@pytest.mark.long
+def test_thoughts_with_two_workers() -> None:
+    """Either sees where thinking ends, inside of blocks; of two prompts it has ended already."""
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    parser = {"reasoning_parser": "colon", "reasoning_parser_plugin": reasoning_parser.__file__}
+    question = "<|user|>What is 12 + 30?<|assistant|>"
+    requests, prompts = [], []
+    for mode in ("diffusion", "verify", "ar"):
+        for prompt in (question, question + "12 + 30" + reasoning_parser.END):
+            params = {"temperature": 0, "max_tokens": 60, "extra_args": {"nbdiff_mode": mode}}
+            constraint = {"regex": " ?[0-9]{2}!"}
+            own = {"prompt": tokenizer.encode(prompt), "params": params, "constraint": constraint}
+            requests.append(own)
+            prompts.append(prompt)
+    answers, _ = generate(["mp", "dynamic", str(NANO), "{}", json.dumps(parser)], requests)
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+    for prompt, text in zip(prompts, texts, strict=True):
+        thought, answer = "", text
+        if not prompt.endswith(reasoning_parser.END):
+            thought, _, answer = text.partition(reasoning_parser.END)
+        assert re.fullmatch(" ?[0-9]{2}!", answer) or (thought == text and len(text) > 20), texts
+    assert texts[2:4] == texts[4:6]
+    assert sum(text.endswith("!") for text in texts) >= 3
