@@ -21,7 +21,7 @@ _FACTS = (
     *("block_length", "sub_block_length", "splits", "edits"),
 )
 
-_CHEAP_ROWS = 256  # of a forward, which more than that slow down for everybody
+_CHEAP_ROWS = 128  # of a forward, which more than that slow down for everybody
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,11 @@ class ScheduleReader:
             tail = self._tail(slot, done + given)
         # Most batches are the one before.
         # With static shapes no request has more rows than are scheduled for it.
-        most = rows * decodes if self.static else np.full_like(scheduled, self.max_rows)
+        most = rows * decodes
+        if not self.static:
+            # Others would see changes in each schedule of what they need not ask.
+            versions = self.options.host["max_versions"][slots] > 0
+            most = np.where(versions, rows, self.max_rows)
         arrays = tuple(own.tobytes() for own in (slots, decodes, most))
         key = (*arrays, blocks, page_size, most_segments, self.options.num_changes)
         if self._known[:1] != (key,):
@@ -181,12 +185,12 @@ class ScheduleReader:
             host["fuses"] = host["fuses"] & (most_segments > 1)
             host["max_versions"] = np.minimum(host["max_versions"], max(most_segments - 2, 0))
             host["fan_out"] = np.minimum(host["fan_out"], most_segments - 1)
+        length = np.maximum(host["block_length"], 1)
+        others = np.maximum(most_rows // length - 1, 0)
+        host["max_versions"] = np.minimum(host["max_versions"], others)
         if self.static:
-            length = np.maximum(host["block_length"], 1)
             each = np.maximum(length - 1, 1)
             host["fan_out"] = np.minimum(host["fan_out"], np.maximum(most_rows // each, 1))
-            others = np.maximum(most_rows // length - 1, 0)
-            host["max_versions"] = np.minimum(host["max_versions"], others)
             host["fuses"] = host["fuses"] & (others > 0)
         limited = host["max_steps"] < NO_LIMIT
         verifies, fuses, versions = host["verifies"], host["fuses"], host["max_versions"]
