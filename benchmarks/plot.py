@@ -2,7 +2,7 @@
 """Plot saved results: tokens a second over AR by requests in flight, a panel a model; models with
 one number of requests are left out.
 
-python -m benchmarks.plot benchmarks/results/cpu-*.json --out benchmarks/results/cpu.png
+python -m benchmarks.plot benchmarks/results/cpu-{nano,125m}.json --out benchmarks/results/cpu.png
 """
 
 from __future__ import annotations
