@@ -25,7 +25,6 @@ from .logits import (
     load_logits,
     log_probabilities_reference,
     rows_of_program,
-    two_largest,
 )
 
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
@@ -195,9 +194,11 @@ def _filter_bounds_kernel(  # type: ignore[no-untyped-def]
         return
     x_ptr = logits_ptr + row[:, None] * stride_logits
     scale = exponent_scale(temperature_ptr, row, HAS_TEMPERATURE) + tl.zeros([BLOCK_R], tl.float32)
-    top, _second, _bad = two_largest(
-        x_ptr, 0, vocab_size, vocab_size, banned_id, BLOCK_R, BLOCK_V, HAS_BAN
-    )
+    tops = tl.full([BLOCK_R, BLOCK_V], LOWEST, tl.float32)
+    for start in range(0, vocab_size, BLOCK_V):
+        offsets = (start + tl.arange(0, BLOCK_V))[None, :]
+        tops = tl.maximum(tops, load_logits(x_ptr, offsets, vocab_size, banned_id, HAS_BAN))
+    top = tl.max(tops, axis=1)
     rows = (x_ptr, top, scale, vocab_size, banned_id)
     # min_p keeps p >= min_p max p, a floor on the exponent.
     floor = tl.full([BLOCK_R], -float("inf"), tl.float32)

@@ -41,36 +41,6 @@ def load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN: tl.constexpr):
 
 
 @triton.jit
-def two_largest(  # type: ignore[no-untyped-def]
-    row_ptr,
-    begin,
-    end,
-    vocab_size,
-    banned_id,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    HAS_BAN: tl.constexpr,
-):
-    """Per row, of the tokens [begin, end): the largest logit, the second largest (equal on a tie),
-    whether there is a NaN. `begin` is a multiple of BLOCK_V, and so is `end` or it is the last."""
-    top = tl.full([BLOCK_R, BLOCK_V], LOWEST, tl.float32)
-    second = tl.full([BLOCK_R, BLOCK_V], LOWEST, tl.float32)
-    bad = tl.zeros([BLOCK_R, BLOCK_V], tl.int32)
-    for start in range(begin, end, BLOCK_V):
-        offsets = (start + tl.arange(0, BLOCK_V))[None, :]
-        x = load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN)
-        bad |= (x != x).to(tl.int32)
-        second = tl.maximum(second, tl.minimum(top, x))
-        top = tl.maximum(top, x)
-    best = tl.max(top, axis=1)
-    winner = top == best[:, None]
-    rest = tl.max(tl.where(winner, LOWEST, top), axis=1)
-    tie = tl.sum(winner.to(tl.int32), axis=1) > 1
-    runner_up = tl.maximum(tl.max(second, axis=1), tl.where(tie, best, rest))
-    return best, runner_up, tl.max(bad, axis=1) > 0
-
-
-@triton.jit
 def rows_of_program(needed_ptr, num_rows, BLOCK_R: tl.constexpr, HAS_NEEDED: tl.constexpr):  # type: ignore[no-untyped-def]
     """[BLOCK_R] each: places in the output, whether there is such a row, the row to read (of those
     past the end row 0, of which nothing is stored), whether it is needed."""

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kept_weights import invert, load_bounds, partial_sums_kernel
-from .logit_filter import filter_bounds, filtered_probabilities_reference, zero_bits
+from .kept_weights import kept_weights, load_bounds, partial_sums_kernel
+from .logit_filter import NO_TOKEN, filter_bounds, filtered_probabilities_reference, zero_bits
 from .logits import (
     LN_2,
     LOWEST,
@@ -21,6 +21,7 @@ from .logits import (
     check_logits,
     columns,
     exponent_scale,
+    load_logits,
     row_parts,
     rows_of_program,
     sound_rows,
@@ -44,7 +45,7 @@ class RowSample(NamedTuple):
     """fp32: the largest probability minus the second largest."""
 
 
-@triton.jit(do_not_specialize=["num_rows", "banned_id", "num_parts", "tiles_per_part"])
+@triton.jit(do_not_specialize=["num_rows", "banned_id", "num_tiles"])
 def _final_sample_kernel(  # type: ignore[no-untyped-def]
     token_ptr,
     probability_ptr,
@@ -64,12 +65,11 @@ def _final_sample_kernel(  # type: ignore[no-untyped-def]
     vocab_size,
     banned_id,
     stride_logits,
-    num_parts,
-    tiles_per_part,
+    num_tiles,
     SHIFT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     HAS_BAN: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_NEEDED: tl.constexpr,
@@ -86,9 +86,9 @@ def _final_sample_kernel(  # type: ignore[no-untyped-def]
     x_ptr = logits_ptr + row[:, None] * stride_logits
     scale = exponent_scale(temperature_ptr, row, HAS_TEMPERATURE) + tl.zeros([BLOCK_R], tl.float32)
     # Of rows that are not needed nothing was stored.
-    part = tl.arange(0, BLOCK_P)[None, :]
-    place = (row[:, None] * num_parts + part) * 3
-    mask = (part < num_parts) & needed[:, None]
+    tile = tl.arange(0, BLOCK_T)[None, :]
+    place = (row[:, None] * num_tiles + tile) * 3
+    mask = (tile < num_tiles) & needed[:, None]
     tops = tl.load(extent_ptr + place, mask=mask, other=LOWEST)
     seconds = tl.load(extent_ptr + place + 1, mask=mask, other=LOWEST)
     bad = tl.max(tl.load(extent_ptr + place + 2, mask=mask, other=0.0), axis=1) > 0.0
@@ -107,21 +107,25 @@ def _final_sample_kernel(  # type: ignore[no-untyped-def]
     masses = decay * masses
     kept = tl.sum(masses, axis=1)
 
-    # The part in which the sum passes the target or, if rounding hides it, the last with mass.
+    # The tile in which the sum passes the target or, if rounding hides it, the last with mass.
     target = tl.load(draw_ptr + row) * kept
     before = tl.cumsum(masses, axis=1) - masses
     here = (before <= target[:, None]) & (masses > 0.0)
-    chosen = tl.max(tl.where(here, part, 0), axis=1)
-    own = part == chosen[:, None]
+    chosen = tl.max(tl.where(here, tile, 0), axis=1)
+    own = tile == chosen[:, None]
     decay = tl.sum(tl.where(own, decay, 0.0), axis=1)
     target = (target - tl.sum(tl.where(own, before, 0.0), axis=1)) / decay
-    rows = (x_ptr, tl.sum(tl.where(own, tops, 0.0), axis=1), scale, vocab_size, banned_id)
+    own_best = tl.sum(tl.where(own, tops, 0.0), axis=1)
+    offsets = chosen[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    x = load_logits(x_ptr, offsets, vocab_size, banned_id, HAS_BAN)
     pointers = (top_ptr, floor_ptr, threshold_ptr, last_ptr)
-    bounds = load_bounds(pointers, row, best, vocab_size, SHIFT, HAS_BOUNDS)
-    begin = chosen * tiles_per_part * BLOCK_V
-    token, weight = invert(
-        target, begin, tiles_per_part, rows, bounds, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
-    )
+    bounds = load_bounds(pointers, row, own_best, vocab_size, SHIFT, HAS_BOUNDS)
+    _exponent, weights = kept_weights(x, offsets, own_best, scale, bounds, SHIFT)
+    passed = (tl.cumsum(weights, axis=1) > target[:, None]) & (weights > 0.0)
+    first = tl.min(tl.where(passed, offsets, NO_TOKEN), axis=1)
+    last = tl.max(tl.where(weights > 0.0, offsets, 0), axis=1)
+    token = tl.where(first == NO_TOKEN, last, first)
+    weight = tl.sum(tl.where(offsets == token[:, None], weights, 0.0), axis=1)
 
     found = (best > LOWEST) & (best < float("inf")) & (~bad)
     kept = tl.where(found, kept, 1.0)
@@ -200,24 +204,23 @@ def row_sample(
         bounds = filter_bounds(logits, filters, inputs, sizes, options)
     options["HAS_BOUNDS"] = filtered
     num_parts, tiles_per_part = row_parts(num_rows, vocab_size, device)
-    extent = torch.empty((num_rows, num_parts, 3), device=device)
-    sums = torch.empty((num_rows, num_parts, 3), dtype=torch.float64, device=device)
-    sizes = (*sizes, num_parts, tiles_per_part)
+    num_tiles = triton.cdiv(vocab_size, TILE)
+    extent = torch.empty((num_rows, num_tiles, 3), device=device)
+    sums = torch.empty((num_rows, num_tiles, 3), dtype=torch.float64, device=device)
     blocks = triton.cdiv(num_rows, TILE // block_v)
+    inputs = [logits, *bounds, *inputs]
+    sizes = (*sizes, num_tiles)
     partial_sums_kernel[(blocks, num_parts)](
-        extent, sums, logits, *bounds, *inputs, *sizes, **options
+        extent, sums, *inputs, *sizes, tiles_per_part, **options
     )
     _final_sample_kernel[(blocks,)](
         *result,
         draw,
         extent,
         sums,
-        logits,
-        *bounds,
         *inputs,
         *sizes,
-        # As many as a row may have, so that one kernel serves any number of rows.
-        BLOCK_P=triton.next_power_of_2(triton.cdiv(vocab_size, TILE)),
+        BLOCK_T=triton.next_power_of_2(num_tiles),
         **options,
     )
     return result

@@ -12,6 +12,8 @@ from tests.interpreter import Specialisations, interpret_kernels, recorded_launc
 
 interpret_kernels()
 
+from vllm_nbdiff.kernels import kv_split, logits, segment_attention  # noqa: E402
+
 from vllm_nbdiff.decoding import draws  # noqa: E402
 from vllm_nbdiff.engine import warm_up  # noqa: E402
 
@@ -21,8 +23,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Specialisations]:
     """By every kernel from here on."""
     for module in (draws, warm_up):
         monkeypatch.setattr(module, "has_kernels", lambda logits: True)
+    # Rows and keys are cut into parts as on a GPU, and keys of short texts too.
+    for module in (logits, segment_attention):
+        monkeypatch.setattr(module, "multiprocessor_count", lambda device: 132)
+    monkeypatch.setattr(kv_split, "MIN_KEYS_PER_SPLIT", 4)
+    kv_split.choose_kv_splits.cache_clear()
     with recorded_launches() as found:
         yield found
+    kv_split.choose_kv_splits.cache_clear()
 
 
 REQUESTS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
@@ -47,8 +55,9 @@ def test_requests_launch_what_is_compiled(
     make_checkpoint: Callable[..., Any],
     make_llm: Callable[..., Any],
 ) -> None:
-    """One, some and all together: other numbers of rows, and other tiles."""
-    folder, _ = make_checkpoint("llama", seed=4, dtype="bfloat16")
+    """One, some and all together: other numbers of rows, and other tiles. The logits of such a
+    vocabulary are padded."""
+    folder, _ = make_checkpoint("llama", vocab_size=163, seed=4, dtype="bfloat16")
     llm = make_llm(
         folder,
         block_length=4,

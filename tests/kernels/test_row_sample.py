@@ -78,7 +78,7 @@ def test_draws_with_filters_over_several_tiles() -> None:
 
 
 @pytest.mark.parametrize("filtered", [False, True])
-@pytest.mark.parametrize("processors", [1, 150, 10_000], ids=["whole rows", "two tiles", "tiles"])
+@pytest.mark.parametrize("processors", [1, 20, 10_000], ids=["whole rows", "two tiles", "tiles"])
 def test_rows_cut_into_parts(
     processors: int, filtered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +204,23 @@ def test_a_draw_depends_on_its_own_row_alone() -> None:
     order = torch.randperm(40)[:17]
     apart = row_sample(logits[order], draw=draw[order])
     assert torch.equal(apart.token, together.token[order])
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_the_number_of_rows_changes_no_bit(filtered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although it decides into how many parts each is cut."""
+    for place in (module, logits_module):
+        monkeypatch.setattr(place, "TILE", 32)
+    monkeypatch.setattr(logits_module, "multiprocessor_count", lambda device: 1)
+    rows = 5
+    logits, draw = (torch.randn(rows, 32 * 4) * 4).bfloat16(), draws(rows)
+    filters = {"top_p": torch.full((rows,), 0.97)} if filtered else {}
+    together = row_sample(logits, draw=draw, **filters)
+    for row in range(rows):
+        own = {name: values[row : row + 1] for name, values in filters.items()}
+        alone = row_sample(logits[row : row + 1], draw=draw[row : row + 1], **own)
+        for field, others in zip(alone, together, strict=True):
+            assert torch.equal(field, others[row : row + 1])
 
 
 DRAWS = 100_000

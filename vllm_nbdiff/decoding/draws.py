@@ -30,9 +30,12 @@ def draw_rows(
         mask_token_id: never drawn; a greedy row may name it.
         needed: [n] bool; other rows are not read and come back as token -1, probability 0.
     """
+    if needed is None and has_kernels(logits):
+        needed = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     if params is None:
         return _draw_greedily(logits, needed)
     if has_kernels(logits):
+        assert needed is not None
         return _draw_on_device(logits, params, mask_token_id, needed)
     if needed is None:
         return sample(logits, params, mask_token_id)
@@ -40,22 +43,16 @@ def draw_rows(
     return _spread(rows, sample(logits[rows], params[rows], mask_token_id), len(logits))
 
 
-def compile_kernels(dtypes: set[torch.dtype], vocab_size: int, device: torch.device) -> None:
-    """Run every variant of the kernels that `draw_rows` asks for where each row may be needed or
-    not, on rows of no use.
-
-    Args:
-        dtypes: of logits.
-        vocab_size: V.
-    """
-    needed, one = torch.zeros(1, dtype=torch.bool, device=device), torch.ones(1, device=device)
-    for dtype in dtypes:
-        logits = torch.zeros((1, vocab_size), dtype=dtype, device=device)
-        _draw_greedily(logits, needed)
-        for filters in (False, True):
-            asked = Asked(greedy=False, sampled=True, filters=filters, scores=False)
-            params = RowParams(one, one, one.long(), one, one.long(), one.double(), asked)
-            _draw_on_device(logits, params, 0, needed)
+def compile_kernels(logits: Tensor) -> None:
+    """Run every variant of the kernels that `draw_rows` asks for on rows like `logits` [1, V], of
+    which none is needed."""
+    needed = torch.zeros(1, dtype=torch.bool, device=logits.device)
+    one = torch.ones(1, device=logits.device)
+    _draw_greedily(logits, needed)
+    for filters in (False, True):
+        asked = Asked(greedy=False, sampled=True, filters=filters, scores=False)
+        params = RowParams(one, one, one.long(), one, one.long(), one.double(), asked)
+        _draw_on_device(logits, params, 0, needed)
 
 
 def _draw_greedily(logits: Tensor, needed: Tensor | None) -> Drawn:
@@ -81,9 +78,7 @@ def _spread(rows: Tensor, drawn: Drawn, count: int) -> Drawn:
     return Drawn(token, probability, confidence)
 
 
-def _draw_on_device(
-    logits: Tensor, params: RowParams, mask_token_id: int, needed: Tensor | None
-) -> Drawn:
+def _draw_on_device(logits: Tensor, params: RowParams, mask_token_id: int, needed: Tensor) -> Drawn:
     from vllm_nbdiff.kernels.row_sample import row_sample
     from vllm_nbdiff.kernels.row_statistics import row_statistics
 
@@ -91,8 +86,7 @@ def _draw_on_device(
     sampled = params.temperature > 0
     found: Any = None
     if asked.greedy:
-        wanted = ~sampled if asked.sampled else None
-        found = row_statistics(logits, needed=_both(wanted, needed))
+        found = row_statistics(logits, needed=needed & ~sampled if asked.sampled else needed)
     if asked.sampled:
         filters = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
         drawn = row_sample(
@@ -100,7 +94,7 @@ def _draw_on_device(
             draw=params.draw,
             temperature=params.temperature,
             banned_id=mask_token_id,
-            needed=_both(sampled if asked.greedy else None, needed),
+            needed=needed & sampled if asked.greedy else needed,
             **(filters if asked.filters else {}),
         )
         if found is None:
@@ -115,10 +109,3 @@ def _draw_on_device(
         confidence = torch.where(params.algorithm == ENTROPY, -found.entropy, confidence)
         confidence = torch.where(params.algorithm == MARGIN, found.margin, confidence)
     return Drawn(found.token.long(), found.probability, confidence)
-
-
-def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Logical and of two masks, of which None is all true."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b

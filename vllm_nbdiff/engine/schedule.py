@@ -187,6 +187,9 @@ class ScheduleReader:
             host["fan_out"] = np.minimum(host["fan_out"], most_segments - 1)
         length = np.maximum(host["block_length"], 1)
         others = np.maximum(most_rows // length - 1, 0)
+        if not self.static:
+            # What a step proposes is kept for the next one, which may have more rows.
+            others = np.maximum(others, 1)
         host["max_versions"] = np.minimum(host["max_versions"], others)
         if self.static:
             each = np.maximum(length - 1, 1)

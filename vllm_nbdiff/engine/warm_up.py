@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
 
 from vllm_nbdiff.decoding.draws import compile_kernels, has_kernels
 from vllm_nbdiff.engine.attention import SegmentAttentionImpl
@@ -39,8 +40,11 @@ def warm_up(vllm_config: VllmConfig, layers: Iterable[Any], device: torch.device
         return
     start, model = perf_counter(), vllm_config.model_config
     if has_kernels(torch.empty(0, device=device)):
-        # Rows of requests with constraints are float32.
-        compile_kernels({model.head_dtype, torch.float32}, model.get_vocab_size(), device)
+        size = model.get_vocab_size()
+        # Rows of requests with constraints are float32; only some rows are copies, without padding.
+        for dtype in {model.head_dtype, torch.float32}:
+            for width in {size, pad_vocab_size(size)}:
+                compile_kernels(torch.zeros((1, width), dtype=dtype, device=device)[:, :size])
     seen = set()
     for layer in layers:
         impl = layer.impl
