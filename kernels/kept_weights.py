@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .logit_filter import ordered_key
-from .logits import LOWEST, exponent_scale, load_logits, rows_of_program
+from .logits import LOWEST, load_logits, rows_of_program
 
 
 @triton.jit
@@ -70,11 +70,12 @@ def partial_sums_kernel(  # type: ignore[no-untyped-def]
     """Per row and tile: the largest logit, the second largest (equal on a tie), whether there is a
     NaN; and of the kept weights, relative to the largest, their sum, that of their products with
     the exponents, and their number."""
-    _index, valid, row, needed = rows_of_program(needed_ptr, num_rows, BLOCK_R, HAS_NEEDED)
+    _index, valid, row, needed, scale, x_ptr = rows_of_program(
+        logits_ptr, stride_logits, temperature_ptr, needed_ptr, num_rows,
+        BLOCK_R, HAS_TEMPERATURE, HAS_NEEDED,
+    )  # fmt: skip
     if tl.max(needed.to(tl.int32), axis=0) == 0:
         return
-    x_ptr = logits_ptr + row[:, None] * stride_logits
-    scale = exponent_scale(temperature_ptr, row, HAS_TEMPERATURE) + tl.zeros([BLOCK_R], tl.float32)
     pointers = (top_ptr, floor_ptr, threshold_ptr, last_ptr)
     first = tl.program_id(1) * tiles_per_part
     for tile in range(first, tl.minimum(first + tiles_per_part, num_tiles)):

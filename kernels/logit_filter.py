@@ -21,7 +21,6 @@ from torch import Tensor
 from .logits import (
     LOWEST,
     columns,
-    exponent_scale,
     load_logits,
     log_probabilities_reference,
     rows_of_program,
@@ -189,11 +188,12 @@ def _filter_bounds_kernel(  # type: ignore[no-untyped-def]
     HAS_TOP_P: tl.constexpr,
     HAS_MIN_P: tl.constexpr,
 ):
-    index, valid, row, needed = rows_of_program(needed_ptr, num_rows, BLOCK_R, HAS_NEEDED)
+    index, valid, row, needed, scale, x_ptr = rows_of_program(
+        logits_ptr, stride_logits, temperature_ptr, needed_ptr, num_rows,
+        BLOCK_R, HAS_TEMPERATURE, HAS_NEEDED,
+    )  # fmt: skip
     if tl.max(needed.to(tl.int32), axis=0) == 0:
         return
-    x_ptr = logits_ptr + row[:, None] * stride_logits
-    scale = exponent_scale(temperature_ptr, row, HAS_TEMPERATURE) + tl.zeros([BLOCK_R], tl.float32)
     tops = tl.full([BLOCK_R, BLOCK_V], LOWEST, tl.float32)
     for start in range(0, vocab_size, BLOCK_V):
         offsets = (start + tl.arange(0, BLOCK_V))[None, :]
@@ -245,8 +245,8 @@ def filter_bounds(
         inputs, sizes, options: of the kernel: temperature and what is needed, numbers, constants.
     """
     num_rows, device = len(logits), logits.device
-    integers = torch.empty((2, triton.cdiv(num_rows, 4) * 4), dtype=torch.int32, device=device)
-    bounds = FilterBounds(*columns(2, num_rows, device), *integers[:, :num_rows].unbind())
+    integers = columns(2, num_rows, device, torch.int32)
+    bounds = FilterBounds(*columns(2, num_rows, device), *integers)
     _filter_bounds_kernel[(triton.cdiv(num_rows, options["BLOCK_R"]),)](
         *bounds,
         logits,

@@ -41,19 +41,6 @@ def load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN: tl.constexpr):
 
 
 @triton.jit
-def rows_of_program(needed_ptr, num_rows, BLOCK_R: tl.constexpr, HAS_NEEDED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[BLOCK_R] each: places in the output, whether there is such a row, the row to read (of those
-    past the end row 0, of which nothing is stored), whether it is needed."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid = index < num_rows
-    row = tl.where(valid, index, 0)
-    needed = valid
-    if HAS_NEEDED:
-        needed = valid & (tl.load(needed_ptr + row) != 0)
-    return index, valid, row, needed
-
-
-@triton.jit
 def exponent_scale(temperature_ptr, row, HAS_TEMPERATURE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Factor from logits to base-2 exponents: log2(e) / T."""
     temperature = 1.0
@@ -61,6 +48,30 @@ def exponent_scale(temperature_ptr, row, HAS_TEMPERATURE: tl.constexpr):  # type
         loaded = tl.load(temperature_ptr + row)
         temperature = tl.where(loaded < GREEDY_BELOW, 1.0, loaded)
     return LOG2_E / temperature
+
+
+@triton.jit
+def rows_of_program(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    stride_logits,
+    temperature_ptr,
+    needed_ptr,
+    num_rows,
+    BLOCK_R: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_NEEDED: tl.constexpr,
+):
+    """[BLOCK_R] each: places in the output, whether there is such a row, the row to read (of those
+    past the end row 0, of which nothing is stored), whether it is needed, `exponent_scale`; and
+    [BLOCK_R, 1] pointers to the logits."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid = index < num_rows
+    row = tl.where(valid, index, 0)
+    needed = valid
+    if HAS_NEEDED:
+        needed = valid & (tl.load(needed_ptr + row) != 0)
+    scale = exponent_scale(temperature_ptr, row, HAS_TEMPERATURE) + tl.zeros([BLOCK_R], tl.float32)
+    return index, valid, row, needed, scale, logits_ptr + row[:, None] * stride_logits
 
 
 def row_parts(num_rows: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
@@ -87,11 +98,13 @@ def check_logits(
         require_tensor("needed", needed, (num_rows,), (torch.int32, torch.bool), device)
 
 
-def columns(count: int, num_rows: int, device: torch.device) -> tuple[Tensor, ...]:
-    """[R] fp32 each, uninitialised, at multiples of 16 bytes: for any other address, which would
-    depend on R, Triton compiles a kernel anew."""
+def columns(
+    count: int, num_rows: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """[R] of 4 bytes each, uninitialised, at multiples of 16 bytes: for any other address, which
+    would depend on R, Triton compiles a kernel anew."""
     padded = triton.cdiv(num_rows, 4) * 4
-    return torch.empty((count, padded), device=device)[:, :num_rows].unbind()
+    return torch.empty((count, padded), dtype=dtype, device=device)[:, :num_rows].unbind()
 
 
 def log_probabilities_reference(

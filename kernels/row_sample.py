@@ -20,7 +20,6 @@ from .logits import (
     TILE,
     check_logits,
     columns,
-    exponent_scale,
     load_logits,
     row_parts,
     rows_of_program,
@@ -75,7 +74,10 @@ def _final_sample_kernel(  # type: ignore[no-untyped-def]
     HAS_NEEDED: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
 ):
-    index, valid, row, needed = rows_of_program(needed_ptr, num_rows, BLOCK_R, HAS_NEEDED)
+    index, valid, row, needed, scale, x_ptr = rows_of_program(
+        logits_ptr, stride_logits, temperature_ptr, needed_ptr, num_rows,
+        BLOCK_R, HAS_TEMPERATURE, HAS_NEEDED,
+    )  # fmt: skip
     if tl.max(needed.to(tl.int32), axis=0) == 0:
         zero = tl.zeros([BLOCK_R], tl.float32)
         tl.store(token_ptr + index, tl.full([BLOCK_R], -1, tl.int32), mask=valid)
@@ -83,8 +85,6 @@ def _final_sample_kernel(  # type: ignore[no-untyped-def]
         tl.store(entropy_ptr + index, zero, mask=valid)
         tl.store(margin_ptr + index, zero, mask=valid)
         return
-    x_ptr = logits_ptr + row[:, None] * stride_logits
-    scale = exponent_scale(temperature_ptr, row, HAS_TEMPERATURE) + tl.zeros([BLOCK_R], tl.float32)
     # Of rows that are not needed nothing was stored.
     tile = tl.arange(0, BLOCK_T)[None, :]
     place = (row[:, None] * num_tiles + tile) * 3

@@ -30,13 +30,14 @@ def draw_rows(
         mask_token_id: never drawn; a greedy row may name it.
         needed: [n] bool; other rows are not read and come back as token -1, probability 0.
     """
-    if needed is None and has_kernels(logits):
-        needed = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    if has_kernels(logits):
+        if needed is None:  # one variant of each kernel serves any rows
+            needed = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        if params is None:
+            return _greedy_on_device(logits, needed)
+        return _draw_on_device(logits, params, mask_token_id, needed)
     if params is None:
         return _draw_greedily(logits, needed)
-    if has_kernels(logits):
-        assert needed is not None
-        return _draw_on_device(logits, params, mask_token_id, needed)
     if needed is None:
         return sample(logits, params, mask_token_id)
     rows = needed.nonzero()[:, 0]
@@ -48,7 +49,7 @@ def compile_kernels(logits: Tensor) -> None:
     which none is needed."""
     needed = torch.zeros(1, dtype=torch.bool, device=logits.device)
     one = torch.ones(1, device=logits.device)
-    _draw_greedily(logits, needed)
+    _greedy_on_device(logits, needed)
     for filters in (False, True):
         asked = Asked(greedy=False, sampled=True, filters=filters, scores=False)
         params = RowParams(one, one, one.long(), one, one.long(), one.double(), asked)
@@ -56,11 +57,6 @@ def compile_kernels(logits: Tensor) -> None:
 
 
 def _draw_greedily(logits: Tensor, needed: Tensor | None) -> Drawn:
-    if has_kernels(logits):
-        from vllm_nbdiff.kernels.row_statistics import row_statistics
-
-        found = row_statistics(logits, needed=needed)
-        return Drawn(found.token.long(), found.probability, found.probability)
     if needed is None:
         token, probability = greedy(logits)
         return Drawn(token, probability, probability)
@@ -76,6 +72,13 @@ def _spread(rows: Tensor, drawn: Drawn, count: int) -> Drawn:
     probability, confidence = torch.zeros(2, count)
     probability[rows], confidence[rows] = drawn.probability, drawn.confidence
     return Drawn(token, probability, confidence)
+
+
+def _greedy_on_device(logits: Tensor, needed: Tensor) -> Drawn:
+    from vllm_nbdiff.kernels.row_statistics import row_statistics
+
+    found = row_statistics(logits, needed=needed)
+    return Drawn(found.token.long(), found.probability, found.probability)
 
 
 def _draw_on_device(logits: Tensor, params: RowParams, mask_token_id: int, needed: Tensor) -> Drawn:
