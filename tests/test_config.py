@@ -111,6 +111,8 @@ def test_generation_config_defaults(checkpoint: Path, tmp_path: Path) -> None:
     defaults = {"nbdiff_threshold": 0.7, "eos_token_id": 510}
     (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
     assert BlockDiffusionConfig.from_vllm_config(start(tmp_path)).defaults.threshold == 0.7
+    without = start(tmp_path, generation_config="vllm")
+    assert BlockDiffusionConfig.from_vllm_config(without).defaults.threshold == 0.9
 
 
 def test_max_num_seqs_leaves_room_for_every_canvas(checkpoint: Path) -> None:

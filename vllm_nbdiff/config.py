@@ -2,7 +2,8 @@
 """What a block-diffusion checkpoint is: family, block length, mask token, defaults.
 
 Values come, first match wins, from `--additional-config '{"nbdiff": {...}}'` (defaults of the
-request options only), the checkpoint's `generation_config.json`, and the defaults of this module;
+request options only), the checkpoint's `generation_config.json` or the one that vLLM's
+`--generation-config` names, if any, and the defaults of this module;
 `block_length` and `mask_token_id` from `--hf-overrides`, the checkpoint's `config.json` (its
 family's own name for the block length included), and what is known of the family.
 """
@@ -141,7 +142,9 @@ def _request_defaults(
             f"--additional-config: unknown key nbdiff.{unknown[0]}; "
             f"known: {', '.join(sorted(engine_names | request_names))}"
         )
-    generation = vllm_config.model_config.try_get_generation_config()
+    model = vllm_config.model_config
+    # `--generation-config vllm` asks for no defaults of the checkpoint.
+    generation = {} if model.generation_config == "vllm" else model.try_get_generation_config()
     values = {k[len("nbdiff_") :]: v for k, v in generation.items() if k.startswith("nbdiff_")}
     if unknown := sorted(set(values) - request_names):
         raise ValueError(f"generation_config.json: unknown key nbdiff_{unknown[0]}")

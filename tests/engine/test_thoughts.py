@@ -2,7 +2,6 @@
 """Structured output of a model that thinks first: the grammar is that of its answer."""
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from random import Random
@@ -42,7 +41,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     "preempted": {"max_model_len": 352, "num_gpu_blocks_override": 14, "block_size": 32},
     "static": {"additional_config": {"nbdiff": {"static_shapes": True}}},
     # The tail of a prompt lies in the first canvas.
-    "block-causal": {"hf_overrides": {"architectures": ["StableDiffcoderForCausalLM"]}},
+    "block-causal": {
+        "hf_overrides": {"architectures": ["StableDiffcoderForCausalLM"]},
+        "generation_config": "vllm",  # the checkpoint's own has options of NBDiff
+    },
 }
 OF_BLOCK_CAUSAL = [{}, options(threshold=0.3), options(fused_commit=1), {"diffusion_max_steps": 3}]
 CONSTRAINTS: list[dict[str, Any]] = [
@@ -74,15 +76,9 @@ def engine(
     request: Any,
     stock_texts: Any,  # first: an engine that ends takes process groups along
     make_llm: Callable[..., Any],
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[str, Any]]:
     own = settings(structured_outputs_config=PARSER, **ENGINES[request.param])
-    folder = NANO
-    if request.param == "block-causal":
-        # The checkpoint's defaults are options of NBDiff.
-        folder = tmp_path_factory.mktemp("checkpoint") / "nano"
-        shutil.copytree(NANO, folder, ignore=shutil.ignore_patterns("generation_config.json"))
-    yield request.param, make_llm(folder, 32, MASK, **own)
+    yield request.param, make_llm(NANO, 32, MASK, **own)
 
 
 def answer_of(llm: Any, prompt: str, tokens: list[int]) -> str | None:
