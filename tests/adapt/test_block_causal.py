@@ -84,7 +84,8 @@ def test_block_causal_summary_has_no_ar(
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", "m", "--out", str(tmp_path)])
     evaluate.main()
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary == {"ar_exact": None, "diffusion_exact": 50, "diffusion_tpf": 2, "n": 300}
+    nothing = {"ar_exact": None, "verify_tpf": None}
+    assert summary == {**nothing, "diffusion_exact": 50, "diffusion_tpf": 2, "n": 300}
     assert (tmp_path / "curve.png").exists()
 
 

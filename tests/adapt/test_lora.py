@@ -21,7 +21,11 @@ from tests.conftest import in_process
 from tests.serving.server import NAME, serve
 from vllm_nbdiff.adapt import evaluate, problems
 from vllm_nbdiff.adapt.__main__ import parse, prepare
-from vllm_nbdiff.reference import generate
+from vllm_nbdiff.adapt.data import Collator, encode
+from vllm_nbdiff.adapt.lora import act_on_drafts
+from vllm_nbdiff.adapt.loss import _forward
+from vllm_nbdiff.adapt.noise import noise_blocks
+from vllm_nbdiff.reference import Context, generate
 
 COUNT = 4
 WEIGHTS = "adapter_model.safetensors"
@@ -41,7 +45,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(folder / "data.jsonl", folder / "out")
 
 
-def train(data: Path, out: Path) -> Path:
+def train(data: Path, out: Path, *more: str) -> Path:
     """Train an adapter on `data`, into `out`; goes on from the last checkpoint there."""
     options = {
         "model": NANO,
@@ -54,7 +58,7 @@ def train(data: Path, out: Path) -> Path:
         "lora-rank": 8,
     }
     words = [f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, "-m", "vllm_nbdiff.adapt", "--lora", *words]
+    command = [sys.executable, "-m", "vllm_nbdiff.adapt", "--lora", *words, *more]
     run = subprocess.run(
         [*command, "--skip-engine", "--use-cpu"], capture_output=True, text=True, check=False
     )
@@ -92,6 +96,47 @@ def texts(model: PreTrainedModel) -> list[str]:
         for prompt in prompts(NANO, COUNT)
     ]
     return [tokenizer.decode(a.token_ids, skip_special_tokens=True) for a in answers]
+
+
+@pytest.fixture(scope="module")
+def drafts(adapter: Path) -> Path:
+    """The same, draft-only, trained for acceptance."""
+    words = ("--draft-only", "--weighting=acceptance", "--draft-share=0.5", "--block-length=16")
+    return train(adapter.parent / "data.jsonl", adapter.parent / "drafts", *words)
+
+
+def test_draft_only_acts_on_the_noised_half(drafts: Path) -> None:
+    """There it is the merged model, on KV of the checkpoint; clean rows are the checkpoint's."""
+    config = json.loads((drafts / "adapter_config.json").read_text())
+    assert config["nbdiff_rows"] == "drafts"
+    summary = json.loads((drafts / "adaptation.json").read_text())
+    assert summary["after"]["masked_loss"] < 0.8 * summary["before"]["masked_loss"]
+    assert summary["after"]["ar_loss"] == summary["before"]["ar_loss"]
+
+    own, merged = load(), PeftModel.from_pretrained(load(), str(drafts)).merge_and_unload().eval()
+    gated = PeftModel.from_pretrained(load(), str(drafts)).eval()
+    act_on_drafts(gated)
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    examples = [
+        encode(tokenizer, [*question, {"role": "assistant", "content": answer}])
+        for question, answer in zip(questions(2), ("12 12 pens", "3"), strict=True)
+    ]
+    batch = Collator(tokenizer.pad_token_id, tokenizer.eos_token_id, 4)([examples])
+    columns = int(batch["answer_columns"])
+    answer = batch["input_ids"][:, -columns:]
+    noised = noise_blocks(answer, 4, tokenizer.mask_token_id).ids
+    with torch.inference_mode():
+        by_noised, by_clean = _forward(gated, batch, noised, 4)
+        torch.testing.assert_close(by_clean, _forward(own, batch, noised, 4)[1])
+    for row in range(len(answer)):
+        context = Context(own)
+        context.append(batch["input_ids"][row, batch["prompt_padding"][row] : -columns].tolist())
+        for start in range(0, columns, 4):
+            context.model = merged
+            logits = context.look(noised[row, start : start + 4].tolist())[:-1]
+            torch.testing.assert_close(by_noised[row, start : start + 3], logits)
+            context.model = own
+            context.append(answer[row, start : start + 4].tolist())
 
 
 def test_adapter_alone_is_written(adapter: Path) -> None:
@@ -153,6 +198,11 @@ def test_evaluation_asks_the_adapter(adapter: Path, merged: PreTrainedModel) -> 
         (["--lora", "--threshold=0.9"], "--threshold applies without --lora only"),
         (["--lora", "--context=block-causal"], "--context applies without --lora only"),
         (["--lora", "--block-length=16"], "--block-length 16 is not that of --model, 32"),
+        (["--draft-only"], "--draft-only applies with --lora only"),
+        (["--lora", "--draft-only", "--ar-weight=1"], "--ar-weight applies without --draft-only"),
+        (["--lora", "--draft-only", "--block-length=64"], "--block-length 64 is more than"),
+        (["--lora", "--draft-only", "--lora-targets", "embed_tokens"], "not .*embed_tokens"),
+        (["--lora", "--draft-only", "--lora-targets", "lm_head"], "not .*lm_head"),
         (["--lora", "--lora-targets", "nothing"], "Target modules .*nothing.* not found"),
     ],
     ids=str,

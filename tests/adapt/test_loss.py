@@ -6,10 +6,18 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from vllm_nbdiff.adapt.data import Batch, Collator, Example, cut_at_block
-from vllm_nbdiff.adapt.loss import LossOptions, _forward, adaptation_loss, ar_loss
+from vllm_nbdiff.adapt.loss import (
+    LossOptions,
+    _forward,
+    acceptance_weights,
+    adaptation_loss,
+    ar_loss,
+)
 from vllm_nbdiff.adapt.noise import noise_blocks
 from vllm_nbdiff.families.family import ContextMask
 from vllm_nbdiff.reference import Context
@@ -241,3 +249,56 @@ def test_certainty_loss_is_the_entropy_of_right_guesses(
     torch.testing.assert_close(losses.certainty, torch.stack(entropies).mean())
     expected = losses.masked + 0.5 * losses.ar + 2 * losses.certainty
     torch.testing.assert_close(losses.total, expected)
+
+
+@given(
+    rows=st.integers(1, 3),
+    columns=st.integers(1, 20),
+    block_length=st.integers(1, 8),
+    seed=st.integers(0, 10_000),
+)
+def test_acceptance_weights_are_derivatives(
+    rows: int, columns: int, block_length: int, seed: int
+) -> None:
+    """Of the expected length that is accepted, block by block, by the logarithm of each chance."""
+    generator = torch.Generator().manual_seed(seed)
+    probability = torch.rand(rows, columns, generator=generator)
+    weight = (torch.rand(rows, columns, generator=generator) < 0.6) * 1.0
+    held = (0.5 + 0.5 * probability).log().double().requires_grad_()
+    expected_length = torch.zeros((), dtype=torch.float64)
+    for row in range(rows):
+        for start in range(0, columns, block_length):
+            chance = torch.ones((), dtype=torch.float64)
+            for column in range(start, min(start + block_length, columns)):
+                if weight[row, column]:
+                    chance = chance * held[row, column].exp()
+                    expected_length = expected_length + chance
+    if weight.any():
+        expected_length.backward()
+        assert held.grad is not None
+        weights = acceptance_weights(probability, weight, block_length)
+        torch.testing.assert_close(weights.double(), held.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_acceptance_weighting_is_of_the_guesses(tiny_model: LlamaForCausalLM) -> None:
+    """The loss is the mean that the weights of the model's own guesses give."""
+    batch = Collator(PAD, EOS, answer_multiple=4)([texts("causal")])
+    draws = torch.Generator().manual_seed(3)
+    options = LossOptions(weighting="acceptance", draft_share=0.5)
+    losses = adaptation_loss(tiny_model, batch, 4, MASK, options, draws)
+    columns = int(batch["answer_columns"])
+    answer, tail = batch["input_ids"][:, -columns:], batch["tail_length"]
+    draws = torch.Generator().manual_seed(3)
+    noised = noise_blocks(answer, 4, MASK, draws, known=tail, draft_share=0.5)
+    with torch.inference_mode():
+        logits, _ = _forward(tiny_model, batch, noised.ids, 4)
+    chance = torch.zeros(answer.shape)
+    own = logits.float().softmax(-1).gather(2, answer[:, 1:, None])[..., 0]
+    chance[:, 1:] = own
+    length = batch["answer_length"][:, None]
+    column = torch.arange(columns)
+    weight = noised.masked * torch.where(column < length, 1.0, options.eos_padding_weight)
+    weight = weight * (column // 4 <= (length - 1) // 4)
+    by_place = acceptance_weights(chance, weight, 4)
+    expected = -(by_place[:, 1:] * own.log()).sum() / by_place[:, 1:].sum()
+    torch.testing.assert_close(losses.masked, expected)

@@ -50,6 +50,17 @@ def test_share_of_masks_follows_the_level(bias: float) -> None:
     assert torch.corrcoef(torch.stack([share, level]))[0, 1] > 0.95
 
 
+def test_a_share_of_blocks_is_masked_whole() -> None:
+    """But for the seeds; the others are as without it."""
+    answer = torch.zeros(4000, 16, dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    noised = noise_blocks(answer, 16, MASK, generator, draft_share=0.3)
+    whole = noised.level[:, 0] == 1
+    assert abs(whole.float().mean() - 0.3) < 0.03  # four standard errors
+    assert noised.masked[whole, 1:].all() and not noised.masked[:, 0].any()
+    assert abs(noised.masked[~whole, 1:].float().mean() - 0.5) < 0.02
+
+
 def test_without_bias_every_position_is_masked_alike() -> None:
     generator = torch.Generator().manual_seed(0)
     noised = noise_blocks(torch.zeros(20_000, 8, dtype=torch.long), 8, MASK, generator)
@@ -117,6 +128,7 @@ def test_certainty_loss_belongs_to_the_last_stage() -> None:
         ({"ar_weight": -1}, "ar_weight"),
         ({"certainty_weight": -0.1}, "certainty_weight"),
         ({"weighting": "cosine"}, "weighting"),
+        ({"draft_share": 1.5}, "draft_share"),
         ({"context": "block"}, "context must be"),
         ({"context": "block-causal"}, "seeds"),
         ({"context": "block-causal", "ar_targets": "seeds", "ar_weight": 0}, "ar_weight"),

@@ -22,7 +22,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from vllm_nbdiff.adapt import files
 from vllm_nbdiff.adapt.checkpoint import ensure_mask_token, load, mark
 from vllm_nbdiff.adapt.data import Collator
-from vllm_nbdiff.adapt.lora import ALL_LINEAR, add_adapter, served_mask_token
+from vllm_nbdiff.adapt.lora import (
+    ALL_LINEAR,
+    act_on_drafts,
+    add_adapter,
+    mark_draft_only,
+    served_mask_token,
+)
 from vllm_nbdiff.adapt.loss import LossOptions
 from vllm_nbdiff.adapt.plot import loss_curves
 from vllm_nbdiff.adapt.schedule import BlockGrowth, Schedule
@@ -33,7 +39,7 @@ HELD_OUT = 200
 """Most lines that are set aside for the evaluation when no file is named for it."""
 NOT_WITH_LORA = ("context", "threshold", "small_blocks")
 """Options of a checkpoint that is written; an adapter is served on one that exists."""
-ONLY_WITH_LORA = ("lora_rank", "lora_alpha", "lora_targets")
+ONLY_WITH_LORA = ("lora_rank", "lora_alpha", "lora_targets", "draft_only")
 DEFAULTS = {
     "max_steps": 1000,
     "learning_rate": 1e-4,
@@ -71,6 +77,10 @@ class AdaptArguments:
         default_factory=lambda: [ALL_LINEAR],
         metadata={"help": "names of the layers that it adapts; default: all linear ones"},
     )
+    draft_only: bool = field(
+        default=False,
+        metadata={"help": "the adapter acts where tokens are drafted alone: no text changes"},
+    )
     block_length: int = field(default=32, metadata={"help": "tokens denoised together, as served"})
     batch_tokens: int = field(default=8192, metadata={"help": "tokens of a device's batch"})
     max_length: int | None = field(
@@ -86,7 +96,12 @@ class AdaptArguments:
     growth_initial: int = field(default=1, metadata={"help": "block length at step 0"})
     growth_ratio: int = field(default=2, metadata={"help": "factor of one growth"})
     ar_weight: float = field(default=0.5, metadata={"help": "factor of the AR loss"})
-    weighting: str = field(default="uniform", metadata={"help": "uniform or inverse_t"})
+    weighting: str = field(
+        default="uniform", metadata={"help": "uniform, inverse_t, or acceptance of drafts (D-PACE)"}
+    )
+    draft_share: float = field(
+        default=0.0, metadata={"help": "share of blocks that are masked whole, as drafts begin"}
+    )
     eos_padding_weight: float = field(
         default=0.1, metadata={"help": "weight of what follows the eos in its block"}
     )
@@ -132,23 +147,29 @@ def split(options: AdaptArguments, seed: int) -> tuple[datasets.Dataset, dataset
 
 
 def check_lora(options: AdaptArguments) -> None:
-    """Raises ValueError for an option that says nothing with, or without, ``--lora``."""
+    """Raises ValueError for an option that says nothing with, or without, ``--lora``, or with
+    ``--draft-only``."""
     plain = AdaptArguments(options.model, options.data, options.out)
     for name in NOT_WITH_LORA if options.lora else ONLY_WITH_LORA:
         if getattr(options, name) != getattr(plain, name):
             flag, needed = "--" + name.replace("_", "-"), "without" if options.lora else "with"
             raise ValueError(f"{flag} applies {needed} --lora only")
+    if options.draft_only and options.ar_weight != plain.ar_weight:
+        raise ValueError("--ar-weight applies without --draft-only only: no causal row is adapted")
 
 
 def prepare(options: AdaptArguments) -> tuple[Any, PreTrainedTokenizerBase, int]:
     """The model to train, its tokenizer and the id of its mask token."""
     check_lora(options)
     dtype, length = getattr(torch, options.dtype), options.block_length
-    mask = served_mask_token(options.model, length) if options.lora else None
+    drafts = options.draft_only
+    mask = served_mask_token(options.model, length, drafts) if options.lora else None
     model, tokenizer = load(options.model, dtype, options.attention, options.context)
     if mask is None:
         return model, tokenizer, ensure_mask_token(model, tokenizer)
     adapted = add_adapter(model, options.lora_rank, options.lora_alpha, options.lora_targets)
+    if drafts:
+        act_on_drafts(adapted)
     return adapted, tokenizer, mask
 
 
@@ -185,6 +206,7 @@ def losses_of(options: AdaptArguments) -> tuple[LossOptions, LossOptions]:
         weighting=options.weighting,  # type: ignore[arg-type]
         eos_padding_weight=options.eos_padding_weight,
         position_bias=options.position_bias,
+        draft_share=options.draft_share,
         certainty_weight=options.certainty_weight if options.certainty_steps else 0.0,
     )
     return trained, measured
@@ -234,6 +256,8 @@ def adapt(options: AdaptArguments, training: TrainingArguments) -> None:
     trainer.save_model(str(options.out))
     if not trainer.is_world_process_zero():
         return
+    if options.draft_only:
+        mark_draft_only(options.out)
     if not options.lora:
         served = {
             "nbdiff_threshold": options.threshold,

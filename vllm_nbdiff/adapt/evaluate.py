@@ -3,10 +3,10 @@
 
     python -m vllm_nbdiff.adapt.evaluate --model examples/nbdiff-nano
 
-Asks AR, where the context is causal, and by block diffusion, at the checkpoint's defaults and over
-thresholds and sub-blocks; prints a Markdown table and, last, one JSON line. Forwards are those of
-vLLM's counter ``vllm:diffusion_num_denoising_steps``: denoise steps and commits, without the
-prefill.
+Asks AR and mode `verify`, where the context is causal, and by block diffusion, at the checkpoint's
+defaults and over thresholds and sub-blocks; prints a Markdown table and, last, one JSON line.
+Forwards are those of vLLM's counter ``vllm:diffusion_num_denoising_steps``: denoise steps and
+commits, without the prefill.
 """
 
 import argparse
@@ -130,11 +130,11 @@ def evaluate(
     small_blocks: list[int],
     lora: Path | None = None,
 ) -> list[Score]:
-    """AR, the checkpoint's default options, then every setting; rows are printed as they come.
-    With ``lora`` an adapter of the checkpoint is asked.
+    """AR, ``verify``, the checkpoint's default options, then every setting; rows are printed as
+    they come. With ``lora`` an adapter of the checkpoint is asked.
 
-    There is no AR row where the context is block-causal: rows that see what comes after them in
-    their block were never trained to predict it.
+    There are no rows of AR and ``verify`` where the context is block-causal: rows that see what
+    comes after them in their block were never trained to predict it.
     """
     config = json.loads((model / "config.json").read_text())
     family = family_of(config["architectures"]) or NBDIFF
@@ -150,6 +150,9 @@ def evaluate(
         add(Score("AR", *score(llm, questions, max_tokens, lora=lora)))
         del llm
     llm = engine(model, next(iter(family.models)), lora)
+    if not family.block_causal:
+        verify = score(llm, questions, max_tokens, {"nbdiff_mode": "verify"}, lora)
+        add(Score("verify", *verify))
     add(Score("block diffusion, default options", *score(llm, questions, max_tokens, lora=lora)))
     for small in small_blocks:
         for threshold in thresholds:
@@ -181,12 +184,14 @@ def main() -> None:
     questions = from_file(options.data, asked) if options.data else bundled_task(asked)
     settings = (options.thresholds, options.small_blocks)
     rows = evaluate(options.model, questions, options.max_tokens, *settings, options.lora)
-    *ar, default = [row for row in rows if row.threshold is None]
-    ar_exact = round(ar[0].exact, 2) if ar else None
+    *lossless, default = [row for row in rows if row.threshold is None]
+    ar, verify = lossless or (None, None)
+    ar_exact = None if ar is None else round(ar.exact, 2)
     summary = {
         "ar_exact": ar_exact,
         "diffusion_exact": round(default.exact, 2),
         "diffusion_tpf": round(default.tpf, 3),
+        "verify_tpf": None if verify is None else round(verify.tpf, 3),
         "n": len(questions),
     }
     if options.out:

@@ -14,7 +14,7 @@ from vllm_nbdiff.adapt.mask import attention_mask, block_numbers, training_mask
 from vllm_nbdiff.adapt.noise import noise_blocks
 from vllm_nbdiff.families.family import ContextMask
 
-Weighting = Literal["uniform", "inverse_t"]
+Weighting = Literal["uniform", "inverse_t", "acceptance"]
 CERTAINTY_TEMPERATURE = 0.5
 """Softmax temperature of the certainty loss (dParallel)."""
 
@@ -29,9 +29,10 @@ class LossOptions:
             without which no block can be decoded: training "without AR loss".
         eos_padding_weight: Factor of the masked loss after an answer's eos, in its last block;
             later blocks, which decoding never reaches, have none.
-        weighting: Weight of a masked token: ``uniform``, or ``inverse_t`` for the 1/t of the
-            likelihood bound.
+        weighting: Weight of a masked token: ``uniform``, ``inverse_t`` for the 1/t of the
+            likelihood bound, or ``acceptance``, see :func:`acceptance_weights`.
         position_bias: See :func:`~vllm_nbdiff.adapt.noise.noise_blocks`.
+        draft_share: The same.
         certainty_weight: Factor of the entropy of right guesses at masked positions
             (certainty-forcing of dParallel, arXiv 2509.26488): surer guesses pass a threshold
             sooner, which buys tokens per forward.
@@ -45,6 +46,7 @@ class LossOptions:
     eos_padding_weight: float = 0.1
     weighting: Weighting = "uniform"
     position_bias: float = 0.0
+    draft_share: float = 0.0
     certainty_weight: float = 0.0
     context: ContextMask = "causal"
 
@@ -52,8 +54,12 @@ class LossOptions:
         for name in ("ar_weight", "eos_padding_weight", "certainty_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.weighting not in ("uniform", "inverse_t"):
-            raise ValueError(f"weighting must be uniform or inverse_t, got {self.weighting!r}")
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(
+                f"weighting must be one of {', '.join(get_args(Weighting))}, got {self.weighting!r}"
+            )
+        if not 0 <= self.draft_share <= 1:
+            raise ValueError(f"draft_share must be from 0 to 1, got {self.draft_share}")
         if self.context not in get_args(ContextMask):
             raise ValueError(f"context must be causal or block-causal, got {self.context!r}")
         if self.context == "block-causal" and self.ar_targets != "seeds":
@@ -103,7 +109,9 @@ def _forward(
     sees = training_mask(block, num_noised, context)
     column = torch.arange(num_noised + length, device=clean.device)
     position = (column[:length] - padding[:, None]).clamp_min(0)
-    implementation = extract_model_from_parallel(model).config._attn_implementation
+    own = extract_model_from_parallel(model)
+    own.noised_columns = num_noised  # for what acts on these alone
+    implementation = own.config._attn_implementation
     last_noised = max(0, num_noised - 1)
     logits = model(
         input_ids=torch.cat([noised, clean], dim=1),
@@ -146,6 +154,33 @@ def _masked_weights(
     return weight.masked_fill(unreached, 0.0)
 
 
+def acceptance_weights(
+    probability: torch.Tensor, weight: torch.Tensor, block_length: int
+) -> torch.Tensor:
+    """Weights of targets by what their probability adds to the expected length that is accepted.
+
+    Of a block whose guesses hold with ``q_1, q_2, ...`` so many hold from the left as the sum over
+    ``k`` of ``q_1 ... q_k``; by ``log q_j`` that grows with the sum over ``k >= j``. Each ``q`` is
+    half its value and half 1, which keeps weights on the right alive while the left is still
+    wrong (D-PACE, arXiv 2605.18810, section 3: alpha = 0.5).
+
+    Args:
+        probability: ``[rows, columns]`` float32 of the targets; without gradient.
+        weight: ``[rows, columns]`` float32, of each target beside that; 0: it is none.
+        block_length: The grid of blocks starts at column 0.
+
+    Returns:
+        ``[rows, columns]`` float32.
+    """
+    rows, columns = probability.shape
+    beyond = -columns % block_length
+    weight = F.pad(weight, (0, beyond)).view(rows, -1, block_length)
+    held = F.pad(probability, (0, beyond)).view(rows, -1, block_length)
+    reached = torch.where(weight > 0, (1 + held) / 2, 1).cumprod(-1) * weight
+    reached = reached.flip(-1).cumsum(-1).flip(-1)
+    return (weight * reached).view(rows, -1)[:, :columns]
+
+
 def _certainty(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Mean entropy in nats of the guesses that are right."""
     sharp = (logits / CERTAINTY_TEMPERATURE).log_softmax(dim=-1)
@@ -175,13 +210,21 @@ def adaptation_loss(
         generator,
         options.position_bias,
         known=batch["tail_length"],
+        draft_share=options.draft_share,
     )
     by_noised, by_clean = _forward(model, batch, noised.ids, block_length, options.context)
 
     weight = _masked_weights(batch, noised.masked, noised.level, block_length, options)[:, 1:]
     chosen = weight > 0
     logits, target, kept = by_noised[chosen].float(), answer[:, 1:][chosen], weight[chosen]
-    masked = _weighted_mean(F.cross_entropy(logits, target, reduction="none"), kept)
+    missed = F.cross_entropy(logits, target, reduction="none")
+    if options.weighting == "acceptance":
+        held = torch.zeros_like(weight)
+        held[chosen] = missed.detach().neg().exp()
+        # Columns 1 and on; the grid begins at column 0.
+        whole = (F.pad(columns, (1, 0)) for columns in (held, weight))
+        kept = acceptance_weights(*whole, block_length)[:, 1:][chosen]
+    masked = _weighted_mean(missed, kept)
     ar = _clean_loss(by_clean, batch, block_length if options.ar_targets == "seeds" else 1)
     total = masked + options.ar_weight * ar
     certainty = torch.zeros_like(masked)

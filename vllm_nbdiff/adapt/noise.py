@@ -31,6 +31,7 @@ def noise_blocks(
     generator: torch.Generator | None = None,
     position_bias: float = 0.0,
     known: torch.Tensor | None = None,
+    draft_share: float = 0.0,
 ) -> Noised:
     """Mask a share t of each block, t ~ U[0, 1]; later positions more often, if asked.
 
@@ -50,11 +51,16 @@ def noise_blocks(
         generator: Source of randomness, on the CPU; torch's default one if None.
         position_bias: Strength of the preference for later positions.
         known: ``[rows]`` int64, so many tokens at the beginning of each row stay; none if None.
+        draft_share: Share of the blocks that are masked whole, t = 1, as a draft of mode ``verify``
+            begins.
     """
     rows, length = answer.shape
     blocks = -(-length // block_length)
     shape = (rows, blocks, block_length)
     level = torch.rand(rows, blocks, 1, generator=generator).clamp_min(MIN_LEVEL)
+    if draft_share > 0:
+        whole = torch.rand(rows, blocks, 1, generator=generator) < draft_share
+        level = level.masked_fill(whole, 1.0)
 
     place = torch.arange(block_length)
     column = torch.arange(blocks * block_length).view(blocks, block_length)

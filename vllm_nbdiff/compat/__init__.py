@@ -16,7 +16,7 @@ from vllm_nbdiff.compat.front_end import (
 )
 from vllm_nbdiff.compat.grammars import GrammarCompiler, name_for_workers, share_compiler
 from vllm_nbdiff.compat.graphs import capture_any_decode, uses_own_attention
-from vllm_nbdiff.compat.lora import map_rows_of_adapters
+from vllm_nbdiff.compat.lora import map_rows_of_adapters, take_adapters_from
 from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
 from vllm_nbdiff.compat.scheduler import allocate_own_lookahead, leave_ends_uncached
 from vllm_nbdiff.compat.step_map import give_step_maps, pack_steps
@@ -60,6 +60,7 @@ __all__ = [
     "register_config_hook",
     "register_cpu_kernels",
     "share_compiler",
+    "take_adapters_from",
     "thoughts_of",
     "uses_own_attention",
     "write_more_kv",

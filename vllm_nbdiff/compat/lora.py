@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
 
@@ -46,3 +48,30 @@ def map_rows_of_adapters(model: Any, most: int) -> LoRAModelManager:
     for module in manager.modules.values():
         module.set_mapping(wrapper)
     return manager
+
+
+def take_adapters_from(manager: LoRAModelManager, tokens: Tensor, logits: Tensor) -> None:
+    """Let rows of the mapping that is set have no adapter; the next one is set anew.
+
+    Symptom: an adapter that acts in some rows of a request alone acts in all of them, as a mapping
+    is made on the host, which on a device does not know what its rows hold.
+    Upstream: `PunicaWrapperGPU.update_metadata` (vllm/lora/punica_wrapper/punica_gpu.py),
+    `LoRAModelManager.set_adapter_mapping` (vllm/lora/model_manager.py), which skips a mapping that
+    equals the last one.
+    Remove when a mapping may be given as tensors.
+
+    Args:
+        tokens: [T] bool, rows of tokens.
+        logits: [n] bool, rows of logits.
+    """
+    from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
+
+    wrapper: Any = manager.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY]
+    wrapper.token_lora_indices.masked_fill_(tokens, -1)
+    wrapper.sampler_indices.masked_fill_(logits, -1)
+    if tokens.device.type == "cpu":
+        wrapper.group_rows()
+    else:
+        wrapper.token_mapping_meta.prepare_tensors(wrapper.token_lora_indices)
+        wrapper.prompt_mapping_meta.prepare_tensors(wrapper.sampler_indices)
+    manager._last_mapping = None

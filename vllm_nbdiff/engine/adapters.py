@@ -3,19 +3,49 @@
 
 The runner maps the rows that it scheduled, and one row of logits a request. Forwards here have
 rows of their own on a CPU, and rows of logits of their own everywhere.
+
+A draft-only adapter (`adapt --lora --draft-only`) acts in the rows of canvases alone, which on a
+device the host does not know.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+
+from vllm_nbdiff import compat
+from vllm_nbdiff.decoding.plan import Plan
+from vllm_nbdiff.decoding.rows import TokenRows
+from vllm_nbdiff.names import ADAPTED_ROWS, DRAFTS
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
+
+
+def is_draft_only(lora_request: LoRARequest) -> bool:
+    """Whether an adapter says so; one that cannot be read is vLLM's to refuse."""
+    path = Path(get_adapter_absolute_path(lora_request.lora_path)) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get(ADAPTED_ROWS) == DRAFTS
+
+
+def canvas_rows(plan: Plan, rows: TokenRows) -> Tensor:
+    """[T] bool: which rows of a forward are those of canvases, not of text."""
+    exists = plan.canvases.exists
+    flags = torch.zeros_like(plan.segments.causal)
+    flags[:, flags.shape[1] - exists.shape[1] :] = exists
+    return flags.flatten()[rows.segment]
 
 
 class AdapterTable:
@@ -32,14 +62,20 @@ class AdapterTable:
         """With the model's manager, whose adapters the runner loads, and room for requests."""
         self._manager = manager
         self._id_of_slot = np.zeros(slots, np.int64)
+        self._draft_only = np.zeros(slots, bool)
         self._prompt_rows: np.ndarray | None = None
 
     def add_request(self, slot: int, lora_request: LoRARequest | None) -> None:
         """Note the adapter of a request; 0 is none."""
         self._id_of_slot[slot] = lora_request.lora_int_id if lora_request is not None else 0
+        self._draft_only[slot] = lora_request is not None and is_draft_only(lora_request)
+
+    def some_draft_only(self, slots: np.ndarray) -> bool:
+        """Whether some adapter of the requests at `slots` [B] int64 is."""
+        return bool(self._draft_only[slots].any())
 
     def begin_forward(self, slots: np.ndarray, tokens: np.ndarray, logits: np.ndarray) -> None:
-        """Set the adapters of a forward's rows.
+        """Set the adapters of a forward's rows, draft-only ones everywhere.
 
         Args:
             slots: [B] int64, of its requests.
@@ -50,6 +86,19 @@ class AdapterTable:
         ids = self._id_of_slot[slots]
         self._set(ids[tokens], ids[logits])
 
+    def keep_to_drafts(self, slots: np.ndarray, owner: Tensor, drafts: Tensor, of: Tensor) -> None:
+        """Take draft-only adapters from the other rows of the forward that has begun.
+
+        Args:
+            slots: [B] int64, of its requests.
+            owner: [T] int64, batch index of every row's request.
+            drafts: [T] bool, rows of canvases.
+            of: [n] int64, rows that logits are of.
+        """
+        draft_only = torch.from_numpy(self._draft_only[slots]).to(owner.device)
+        others = draft_only[owner] & ~drafts
+        compat.take_adapters_from(self._manager, others, others[of])
+
     def score_prompts(self, slots: np.ndarray, scheduled: np.ndarray) -> None:
         """From now on logits are asked for prompts, laid out as the runner scheduled them.
 
@@ -57,7 +106,8 @@ class AdapterTable:
             slots: [B] int64, of the scheduled requests.
             scheduled: [B] int64, tokens of each.
         """
-        self._prompt_rows = self._id_of_slot[slots].repeat(scheduled)
+        ids = np.where(self._draft_only[slots], 0, self._id_of_slot[slots])
+        self._prompt_rows = ids.repeat(scheduled)
 
     def before_logits(self, hidden_states: Tensor) -> None:
         """Called with the [n, hidden] that logits are computed of."""

@@ -58,6 +58,10 @@ class RowWisePunica(PunicaWrapperCPU):
     ) -> None:
         """Take the adapters of the coming forward's rows and of its rows of logits."""
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
+        self.group_rows()
+
+    def group_rows(self) -> None:
+        """Take the indices of rows as they are now."""
         self._tokens = rows_by_adapter(self.token_lora_indices)
         self._logits = rows_by_adapter(self.sampler_indices)
 

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from vllm_nbdiff.engine.adapters import AdapterTable
+from vllm_nbdiff.decoding.plan import Plan
+from vllm_nbdiff.decoding.rows import TokenRows, token_rows
+from vllm_nbdiff.engine.adapters import AdapterTable, canvas_rows
 from vllm_nbdiff.engine.auto import AutoDrafts
 from vllm_nbdiff.engine.decoder import Decoder
 from vllm_nbdiff.engine.forward import Forward, PagedBatch
@@ -65,6 +67,9 @@ class ForwardLoop:
                 tokens = requests.repeat(schedule.scheduled)
                 logits = requests.repeat(schedule.facts.rows)
                 self.adapters.begin_forward(schedule.slots, tokens, logits)
+                if self.adapters.some_draft_only(schedule.slots):
+                    rows = token_rows(plan.segments, (runner.query_start_loc, runner.num_tokens))
+                    self._keep_to_drafts(plan, rows, runner.logits_indices)
             return metadata
         self.forward = paged.forward(plan, schedule.batch, schedule.facts)
         if self.forward is None:
@@ -72,8 +77,8 @@ class ForwardLoop:
             paged.slot_mappings.fill_(PAD_SLOT_ID)
             runner.logits_indices = torch.zeros(0, dtype=torch.int64)
             return paged.of_runner(int(runner.seq_lens.max()))
-        self._set_adapters(self.forward)
         runner.logits_indices = self._needed_rows(self.forward)
+        self._set_adapters(plan, self.forward, runner.logits_indices)
         if schedule.scores_prompt:
             # vLLM scores prompts where the runner laid them out.
             order = self._rows_of_runner(self.forward)
@@ -92,12 +97,20 @@ class ForwardLoop:
         last = (begin + count - 1).clamp(min=0)
         return torch.minimum(begin[owner] + offset, last[owner])
 
-    def _set_adapters(self, forward: Forward) -> None:
-        """Of a forward of its own rows."""
+    def _set_adapters(self, plan: Plan, forward: Forward, needed: torch.Tensor) -> None:
+        """Of a forward of its own rows, which needs logits of the rows `needed` [n] int64."""
         if self.adapters is not None:
             tokens, logits = forward.rows.owner, self.decoder.row_owners()
             slots = self.decoder.schedule.slots
             self.adapters.begin_forward(slots, tokens.numpy(), logits.numpy())
+            if self.adapters.some_draft_only(slots):
+                self._keep_to_drafts(plan, forward.rows, needed)
+
+    def _keep_to_drafts(self, plan: Plan, rows: TokenRows, needed: torch.Tensor) -> None:
+        """Have draft-only adapters act in rows of canvases alone."""
+        assert self.adapters is not None
+        slots, drafts = self.decoder.schedule.slots, canvas_rows(plan, rows)
+        self.adapters.keep_to_drafts(slots, rows.owner, drafts, needed)
 
     def _needed_rows(self, forward: Forward) -> torch.Tensor:
         """[n] int64, the rows of a forward of its own rows that need logits."""
@@ -117,13 +130,15 @@ class ForwardLoop:
                 break
             forwards += 1
             schedule = decoder.schedule
-            forward = self._paged.forward(decoder.plan(), schedule.batch, schedule.facts)
+            plan = decoder.plan()
+            forward = self._paged.forward(plan, schedule.batch, schedule.facts)
             if forward is None:
                 break
             planned = perf_counter()
-            self._set_adapters(forward)
+            needed = self._needed_rows(forward)
+            self._set_adapters(plan, forward, needed)
             hidden = self.model(input_ids=None, positions=forward.rows.position, segments=forward)
-            logits = self.model.compute_logits(hidden[self._needed_rows(forward)])
+            logits = self.model.compute_logits(hidden[needed])
             ran = perf_counter()
             decoder.decide(logits)
             auto.observe_drafts(decoder.read)
