@@ -54,8 +54,8 @@ class DraftingContext(Context):
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """One that is draft-only, the same one without that mark, and the checkpoint merged with it."""
     folder = tmp_path_factory.mktemp("adapters")
-    merged = write_adapter(NANO, folder / "drafts", strength=0.3)
-    write_adapter(NANO, folder / "whole", strength=0.3)
+    merged = write_adapter(NANO, folder / "drafts", strength=1)
+    write_adapter(NANO, folder / "whole", strength=1)
     mark_draft_only(folder / "drafts")
     return folder / "drafts", folder / "whole", merged
 

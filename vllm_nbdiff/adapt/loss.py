@@ -222,8 +222,8 @@ def adaptation_loss(
         held = torch.zeros_like(weight)
         held[chosen] = missed.detach().neg().exp()
         # Columns 1 and on; the grid begins at column 0.
-        whole = (F.pad(columns, (1, 0)) for columns in (held, weight))
-        kept = acceptance_weights(*whole, block_length)[:, 1:][chosen]
+        held, weight = F.pad(held, (1, 0)), F.pad(weight, (1, 0))
+        kept = acceptance_weights(held, weight, block_length)[:, 1:][chosen]
     masked = _weighted_mean(missed, kept)
     ar = _clean_loss(by_clean, batch, block_length if options.ar_targets == "seeds" else 1)
     total = masked + options.ar_weight * ar
