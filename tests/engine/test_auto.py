@@ -59,7 +59,7 @@ def test_a_busy_machine_changes_no_choice() -> None:
     assert width > 1
     rows = 4 * width
     for _ in range(40):
-        chosen.observe_forward(rows, 3 * (1e-3 + 1e-5 * rows), 3.1 * (1e-3 + 1e-5 * rows))
+        chosen.cost.observe(rows, 3 * (1e-3 + 1e-5 * rows))
     assert chosen.cost.slowness > 2
     assert most_common(serve(chosen, 0.92, 4)) == width
 
@@ -68,8 +68,8 @@ def test_a_width_that_is_slow_for_long_is_left() -> None:
     chosen = chooser(1e-5)
     width = most_common(serve(chosen, 0.9, 4))
     for _ in range(200):
-        chosen.observe_forward(4 * width, 8e-3, 8e-3)
-        chosen.observe_forward(4, 1e-3, 1e-3)
+        chosen.cost.observe(4 * width, 8e-3)
+        chosen.cost.observe(4, 1e-3)
     assert most_common(serve(chosen, 0.9, 4)) != width
 
 
@@ -81,6 +81,10 @@ def test_the_first_forwards_say_what_they_take() -> None:
     assert 4e-3 < cost.seconds(64) < 16e-3 and 0.25e-3 < cost.seconds(1) < 4e-3
     cost.observe(64, 20e-3)
     assert cost.seconds(64) == pytest.approx(20e-3, rel=0.05)
+    # Between them by a power law, beyond from the nearer one.
+    assert cost.seconds(32) == pytest.approx((4e-3 * 20e-3) ** 0.5, rel=0.05)
+    assert cost.seconds(256) == pytest.approx(2 * 20e-3, rel=0.05)
+    assert cost.seconds(1) == pytest.approx(1e-3, rel=0.05)
 
 
 def test_cost_follows_what_forwards_take() -> None:
@@ -112,3 +116,20 @@ def test_drafts_that_are_there_save_forwards() -> None:
     for _ in range(600):
         chosen.observe(Verified(16, 16, 8, hit=True, rows=60))
     assert chosen.tokens_per_forward(16) == pytest.approx(8, rel=0.05)
+
+
+def test_a_large_batch_of_dear_rows_soon_decodes_one_token() -> None:
+    """From the first forward on, of a machine and a text that nothing is known of: 64 requests,
+    whose forwards take what their rows do, half of it beside the model."""
+    chosen = DraftChooser(CostModel(), max_width=32, max_forwards=16)
+    random = np.random.default_rng(0)
+    widths = []
+    for _ in range(24):
+        width = chosen.choose(64, other_rows=0)
+        widths.append(width)
+        for _ in range(64 * (width > 1)):
+            wrong = np.flatnonzero(random.random(width - 1) >= 0.8)
+            held = int(wrong[0]) + 1 if len(wrong) else width
+            chosen.observe(Verified(width, width, held, hit=False, rows=width))
+        chosen.cost.observe(64 * width, 10e-3 + 1e-3 * 64 * width)
+    assert most_common(widths[12:]) == 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding.rules import ENTROPY, MARGIN
-from vllm_nbdiff.decoding.sampling import Asked, Drawn, RowParams, greedy, sample
+from vllm_nbdiff.decoding.sampling import Asked, Drawn, RowParams, best, greedy, sample
 
 
 def has_kernels(logits: Tensor) -> bool:
@@ -18,7 +18,11 @@ def has_kernels(logits: Tensor) -> bool:
 
 
 def draw_rows(
-    logits: Tensor, params: RowParams | None, mask_token_id: int, needed: Tensor | None = None
+    logits: Tensor,
+    params: RowParams | None,
+    mask_token_id: int,
+    needed: Tensor | None = None,
+    chances: bool = True,
 ) -> Drawn:
     """`sample` by what the device has: Triton's kernels on a GPU, PyTorch elsewhere.
 
@@ -29,6 +33,8 @@ def draw_rows(
         params: of the n rows; None: greedy, ranked by their probability.
         mask_token_id: never drawn; a greedy row may name it.
         needed: [n] bool; other rows are not read and come back as token -1, probability 0.
+        chances: whether probabilities are used for more than whether a row means something; on a
+            CPU they cost more than the tokens.
     """
     if has_kernels(logits):
         if needed is None:  # one variant of each kernel serves any rows
@@ -37,7 +43,7 @@ def draw_rows(
             return _greedy_on_device(logits, needed)
         return _draw_on_device(logits, params, mask_token_id, needed)
     if params is None:
-        return _draw_greedily(logits, needed)
+        return _draw_greedily(logits, needed, chances)
     if needed is None:
         return sample(logits, params, mask_token_id)
     rows = needed.nonzero()[:, 0]
@@ -56,12 +62,13 @@ def compile_kernels(logits: Tensor) -> None:
         _draw_on_device(logits, params, 0, needed)
 
 
-def _draw_greedily(logits: Tensor, needed: Tensor | None) -> Drawn:
+def _draw_greedily(logits: Tensor, needed: Tensor | None, chances: bool) -> Drawn:
+    draw = greedy if chances else best
     if needed is None:
-        token, probability = greedy(logits)
+        token, probability = draw(logits)
         return Drawn(token, probability, probability)
     rows = needed.nonzero()[:, 0]
-    token, probability = greedy(logits[rows])
+    token, probability = draw(logits[rows])
     return _spread(rows, Drawn(token, probability, probability), len(logits))
 
 

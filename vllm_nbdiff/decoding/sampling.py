@@ -45,6 +45,8 @@ class Asked(NamedTuple):
     sampled: bool = True
     filters: bool = True
     scores: bool = True
+    chances: bool = True
+    """Probabilities, for more than whether a row means something."""
 
     @classmethod
     def by(
@@ -108,6 +110,13 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
         return parts[0]
     token, probability = zip(*parts, strict=True)
     return torch.cat(token), torch.cat(probability)
+
+
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`greedy`, with 1 for the probability of rows that mean something."""
+    values, token = logits.max(-1)
+    sound = values.isfinite()
+    return token * sound, sound.float()
 
 
 def _greedy_rows(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,18 +72,11 @@ class DraftChooser:
         self._seen = np.zeros(max_width + 1, np.int64)
         self._rows[1], self._seen[1] = 1, 1
         self._choices = 0
-        self._beside = 0.0  # seconds of a forward beside the model's
         self._between = 0.0  # seconds of a schedule outside of its forwards
-
-    def observe_forward(self, rows: int, model: float, whole: float) -> None:
-        """Learn from a forward of `rows` rows: seconds in the model, and with planning, sampling
-        and bookkeeping."""
-        self.cost.observe(rows, model)
-        self._beside += _NEAR * (whole - model - self._beside)
 
     def observe_schedule(self, seconds: float, forwards: int, rows: int) -> None:
         """Learn from a schedule of `forwards` of `rows` rows, from the end of the one before."""
-        between = max(seconds - forwards * (self.cost.seconds(rows) + self._beside), 0.0)
+        between = max(seconds - forwards * self.cost.seconds(rows), 0.0)
         self._between += _NEAR * (between - self._between)
 
     def observe(self, seen: Verified) -> None:
@@ -123,7 +116,7 @@ class DraftChooser:
         """Of a forward of `rows` rows, with its share of what happens between schedules."""
         most = (self.max_width - width) // max(self.tokens_per_forward(width), 1) + 1
         forwards = min(most, self.max_forwards)
-        return self.cost.seconds(rows) + self._beside + self._between / forwards
+        return self.cost.seconds(rows) + self._between / forwards
 
     def choose(self, num_requests: int, other_rows: int) -> int:
         """The width of the next canvases.
@@ -245,11 +238,11 @@ class AutoDrafts:
             if text > 0:
                 self.chooser.observe(Verified(width, text, accepted, bool(hit), rows))
 
-    def observe_forward(self, rows: int, model: float, whole: float) -> None:
-        """As `DraftChooser.observe_forward`."""
+    def observe_forward(self, rows: int, seconds: float) -> None:
+        """Learn from a forward of `rows` rows: what it took, from its plan to its decisions."""
         self._rows = rows
         if self._drafting.any():
-            self.chooser.observe_forward(rows, model, whole)
+            self.chooser.cost.observe(rows, seconds)
 
     def end_schedule(self, forwards: int, emitted: Emitted, prefills: bool) -> None:
         """Learn from the time between schedules: this one's forwards, what it emitted, and whether
@@ -257,7 +250,7 @@ class AutoDrafts:
         now = perf_counter()
         if self._drafting.any() and self._ended is not None:
             if self.static:
-                self.chooser.observe_forward(self._rows, now - self._ended, now - self._ended)
+                self.chooser.cost.observe(self._rows, now - self._ended)
             else:
                 self.chooser.observe_schedule(now - self._ended, forwards, self._rows)
         # What follows an end or a prefill is not the time of a schedule alone.

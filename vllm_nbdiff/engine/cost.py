@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a forward costs by its number of rows, learned while serving."""
+"""What a forward costs by its number of rows, learned while serving: the model and, as rows of
+logits are drawn from, what is done beside it."""
 
 from __future__ import annotations
 
 import numpy as np
 
 _ROWS = np.array([1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
-# Until other counts of rows were seen, time is taken to grow with rows to this power.
+# Beyond the counts of rows that were seen, time is taken to grow with rows to this power.
 _GROWTH = 0.5
+_SEEN = 0.5  # forwards
 _SPEED, _SHAPE = 0.2, 0.02  # weight of a forward in the machine's speed, in the cost by rows
 
 
 class CostModel:
-    """Seconds of a model forward by its number of rows, linear between the counts of `_ROWS`.
+    """Seconds of a forward by its number of rows, linear between the counts of `_ROWS`.
 
     Learned from forwards that are run anyway. A count of rows that is seen for the first times says
     how long such a forward takes; later how fast the machine is at the moment, which is all that a
@@ -41,6 +43,16 @@ class CostModel:
             count = self._seen[place]
             self._seconds[place] *= error ** (max(_SHAPE, 1 / (1 + count) ** 2) * weight)
             self._seen[place] += weight
+            if count < _SEEN <= self._seen[place]:
+                self._guess_unseen()
+
+    def _guess_unseen(self) -> None:
+        """What counts that were not seen cost by those that were: a power law between two."""
+        seen, rows = self._seen >= _SEEN, np.log(_ROWS)
+        known = rows[seen]
+        guess = np.interp(rows, known, np.log(self._seconds[seen]))
+        guess += _GROWTH * (np.minimum(rows - known[0], 0) + np.maximum(rows - known[-1], 0))
+        self._seconds = np.where(seen, self._seconds, np.exp(guess))
 
     def seconds(self, rows: int) -> float:
         """A forward of so many rows; more rows never take less."""

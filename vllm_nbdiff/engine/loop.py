@@ -134,15 +134,13 @@ class ForwardLoop:
             forward = self._paged.forward(plan, schedule.batch, schedule.facts)
             if forward is None:
                 break
-            planned = perf_counter()
             needed = self._needed_rows(forward)
             self._set_adapters(plan, forward, needed)
             hidden = self.model(input_ids=None, positions=forward.rows.position, segments=forward)
             logits = self.model.compute_logits(hidden[needed])
-            ran = perf_counter()
             decoder.decide(logits)
             auto.observe_drafts(decoder.read)
-            auto.observe_forward(len(forward.input_ids), ran - planned, perf_counter() - began)
+            auto.observe_forward(len(forward.input_ids), perf_counter() - began)
         decoder.end()
         broken = decoder.tally.broken
         if broken is not None and not decoder.schedule.facts.static:

@@ -54,7 +54,8 @@ class RowSampler:
                 part[:, self.mask_token_id].masked_fill_(own, -torch.inf)
             needed = packed.valid if rows is None or packed.valid is None else packed.valid[rows]
             own_params = params if rows is None or params is None else params[rows]
-            parts.append(draw_rows(part, own_params, self.mask_token_id, needed))
+            drawn = draw_rows(part, own_params, self.mask_token_id, needed, schedule.asked.chances)
+            parts.append(drawn)
         return self._joined(parts, len(logits))
 
     def legal(

@@ -156,7 +156,7 @@ class ScheduleReader:
 
     def _asked(self, slots: np.ndarray) -> Asked:
         host = self.options.host
-        return Asked.by(
+        asked = Asked.by(
             temperature=host["temperature"][slots],
             top_p=host["top_p"][slots],
             top_k=host["top_k"][slots],
@@ -164,6 +164,10 @@ class ScheduleReader:
             algorithm=host["score"][slots],
             vocab_size=self.options.config.vocab_size,
         )
+        # A draft that is made in one step, with none for its break points, is what it is.
+        plain = host["verifies"][slots] & (host["max_steps"][slots] == 1)
+        plain &= (host["fan_out"][slots] == 0) & ~host["constrained"][slots]
+        return asked._replace(chances=not plain.all())
 
     def _facts(
         self,
