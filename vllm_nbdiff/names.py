@@ -11,9 +11,6 @@ ARCHITECTURE = "NBDiffForCausalLM"
 SCHEDULER = "vllm_nbdiff.engine.scheduler.make_scheduler"
 ATTENTION_BACKEND = "vllm_nbdiff.engine.attention.SegmentAttentionBackend"
 LOGGER = "vllm.nbdiff"
-ADAPTED_ROWS, DRAFTS = "nbdiff_rows", "drafts"
-"""Key of a LoRA adapter's `adapter_config.json`, and its value where the adapter acts in rows of
-canvases alone."""
 
 
 def is_block_diffusion(vllm_config: Any) -> bool:

@@ -17,8 +17,7 @@ from tests.conftest import counter, options, tokens_of
 from tests.engine.test_fan_out import MASK, MOST, NANO, STEPS, WIDTH, forwards_of
 from vllm_nbdiff import reference
 from vllm_nbdiff.adapt import problems
-from vllm_nbdiff.adapt.lora import mark_draft_only
-from vllm_nbdiff.engine.adapters import is_draft_only
+from vllm_nbdiff.draft_only import is_draft_only, mark_draft_only
 from vllm_nbdiff.reference import Context
 
 STATIC = {"nbdiff": {"static_shapes": True, "max_drafts": 16}}
@@ -193,4 +192,4 @@ def test_what_says_so(tmp_path: Path, adapters: tuple[Path, Path, Path]) -> None
     (tmp_path / "list" / "adapter_config.json").write_text(json.dumps(["no", "object"]))
     folders = {drafts: True, whole: False, tmp_path / "list": False, tmp_path / "missing": False}
     for folder, says in folders.items():
-        assert is_draft_only(LoRARequest("name", 1, str(folder))) == says
+        assert is_draft_only(folder) == says

@@ -26,13 +26,13 @@ from vllm_nbdiff.adapt.lora import (
     ALL_LINEAR,
     act_on_drafts,
     add_adapter,
-    mark_draft_only,
     served_mask_token,
 )
 from vllm_nbdiff.adapt.loss import LossOptions
 from vllm_nbdiff.adapt.plot import loss_curves
 from vllm_nbdiff.adapt.schedule import BlockGrowth, Schedule
 from vllm_nbdiff.adapt.train import AdaptationTrainer, losses_on
+from vllm_nbdiff.draft_only import mark_draft_only
 from vllm_nbdiff.families.family import ContextMask
 
 HELD_OUT = 200

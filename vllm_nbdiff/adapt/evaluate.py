@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from vllm_nbdiff.adapt import problems
 from vllm_nbdiff.adapt.lora import rank_of
+from vllm_nbdiff.draft_only import is_draft_only
 from vllm_nbdiff.families.family import NBDIFF, family_of
 
 FORWARDS = "vllm:diffusion_num_denoising_steps"
@@ -131,7 +132,7 @@ def evaluate(
     lora: Path | None = None,
 ) -> list[Score]:
     """AR, ``verify``, the checkpoint's default options, then every setting; rows are printed as
-    they come. With ``lora`` an adapter of the checkpoint is asked.
+    they come. With ``lora`` an adapter of the checkpoint is asked, a draft-only one not for AR.
 
     There are no rows of AR and ``verify`` where the context is block-causal: rows that see what
     comes after them in their block were never trained to predict it.
@@ -146,8 +147,9 @@ def evaluate(
 
     print("| decoding | exact | tokens per forward |\n|---|---|---|")
     if not family.block_causal:
-        llm = engine(model, AR_ARCHITECTURES[config["model_type"]], lora)
-        add(Score("AR", *score(llm, questions, max_tokens, lora=lora)))
+        reader = None if lora is not None and is_draft_only(lora) else lora
+        llm = engine(model, AR_ARCHITECTURES[config["model_type"]], reader)
+        add(Score("AR", *score(llm, questions, max_tokens, lora=reader)))
         del llm
     llm = engine(model, next(iter(family.models)), lora)
     if not family.block_causal:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_nbdiff.families.family import NBDIFF
-from vllm_nbdiff.names import ADAPTED_ROWS, DRAFTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,13 +101,6 @@ def act_on_drafts(model: Any) -> None:
     for layer in layers.values():
         for added in layer.lora_B.values():
             added.register_forward_hook(cut)
-
-
-def mark_draft_only(adapter: Path) -> None:
-    """Have whoever serves a saved adapter know that it is draft-only."""
-    path = adapter / "adapter_config.json"
-    config = json.loads(path.read_text()) | {ADAPTED_ROWS: DRAFTS}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def rank_of(adapter: Path) -> int:

@@ -10,7 +10,6 @@ device the host does not know.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,20 +23,10 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm_nbdiff import compat
 from vllm_nbdiff.decoding.plan import Plan
 from vllm_nbdiff.decoding.rows import TokenRows
-from vllm_nbdiff.names import ADAPTED_ROWS, DRAFTS
+from vllm_nbdiff.draft_only import is_draft_only
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
-
-
-def is_draft_only(lora_request: LoRARequest) -> bool:
-    """Whether an adapter says so; one that cannot be read is vLLM's to refuse."""
-    path = Path(get_adapter_absolute_path(lora_request.lora_path)) / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get(ADAPTED_ROWS) == DRAFTS
 
 
 def canvas_rows(plan: Plan, rows: TokenRows) -> Tensor:
@@ -67,8 +56,11 @@ class AdapterTable:
 
     def add_request(self, slot: int, lora_request: LoRARequest | None) -> None:
         """Note the adapter of a request; 0 is none."""
-        self._id_of_slot[slot] = lora_request.lora_int_id if lora_request is not None else 0
-        self._draft_only[slot] = lora_request is not None and is_draft_only(lora_request)
+        self._id_of_slot[slot], self._draft_only[slot] = 0, False
+        if lora_request is not None:
+            folder = Path(get_adapter_absolute_path(lora_request.lora_path))
+            self._id_of_slot[slot] = lora_request.lora_int_id
+            self._draft_only[slot] = is_draft_only(folder)
 
     def some_draft_only(self, slots: np.ndarray) -> bool:
         """Whether some adapter of the requests at `slots` [B] int64 is."""
