@@ -52,15 +52,23 @@ class AdapterTable:
         self._manager = manager
         self._id_of_slot = np.zeros(slots, np.int64)
         self._draft_only = np.zeros(slots, bool)
+        # What adapters said, by id and path: the path may be one of a hub.
+        self._said: dict[tuple[int, str], bool] = {}
         self._prompt_rows: np.ndarray | None = None
 
     def add_request(self, slot: int, lora_request: LoRARequest | None) -> None:
         """Note the adapter of a request; 0 is none."""
         self._id_of_slot[slot], self._draft_only[slot] = 0, False
         if lora_request is not None:
-            folder = Path(get_adapter_absolute_path(lora_request.lora_path))
             self._id_of_slot[slot] = lora_request.lora_int_id
-            self._draft_only[slot] = is_draft_only(folder)
+            self._draft_only[slot] = self._is_draft_only(lora_request)
+
+    def _is_draft_only(self, lora_request: LoRARequest) -> bool:
+        key = lora_request.lora_int_id, lora_request.lora_path
+        if key not in self._said or lora_request.load_inplace:
+            folder = Path(get_adapter_absolute_path(lora_request.lora_path))
+            self._said[key] = is_draft_only(folder)
+        return self._said[key]
 
     def some_draft_only(self, slots: np.ndarray) -> bool:
         """Whether some adapter of the requests at `slots` [B] int64 is."""
