@@ -26,7 +26,7 @@ def serve(chosen: DraftChooser, chance: float, requests: int, drafts: int = 400)
         if width > 1:
             wrong = np.flatnonzero(random.random(width - 1) >= chance)
             held = int(wrong[0]) + 1 if len(wrong) else width
-            chosen.observe(Verified(width, width, held, hit=False, rows=width))
+            chosen.observe_all([Verified(width, width, held, hit=0, rows=width)])
     return widths[drafts // 2 :]
 
 
@@ -108,13 +108,17 @@ def test_dear_rows_are_for_likely_break_points_only() -> None:
 
 
 def test_drafts_that_are_there_save_forwards() -> None:
-    """Two forwards a round, or one where the next draft is always there already."""
+    """Two forwards a round, or one where the next draft is always there already; where it may be,
+    the one that makes it gives a token."""
     chosen = chooser(0.0)
     for _ in range(600):
-        chosen.observe(Verified(16, 16, 8, hit=False, rows=16))
+        chosen.observe_all([Verified(16, 16, 8, hit=0, rows=16)])
+    assert chosen.tokens_per_forward(16) == pytest.approx(8 / 2, rel=0.05)
+    for _ in range(600):
+        chosen.observe_all([Verified(16, 16, 8, hit=0, rows=16, fan_out=True)])
     assert chosen.tokens_per_forward(16) == pytest.approx((8 + 1) / 2, rel=0.05)
     for _ in range(600):
-        chosen.observe(Verified(16, 16, 8, hit=True, rows=60))
+        chosen.observe_all([Verified(16, 16, 8, hit=1, rows=60, fan_out=True)])
     assert chosen.tokens_per_forward(16) == pytest.approx(8, rel=0.05)
 
 
@@ -127,9 +131,22 @@ def test_a_large_batch_of_dear_rows_soon_decodes_one_token() -> None:
     for _ in range(24):
         width = chosen.choose(64, other_rows=0)
         widths.append(width)
+        texts = []
         for _ in range(64 * (width > 1)):
             wrong = np.flatnonzero(random.random(width - 1) >= 0.8)
             held = int(wrong[0]) + 1 if len(wrong) else width
-            chosen.observe(Verified(width, width, held, hit=False, rows=width))
+            texts.append(Verified(width, width, held, hit=0, rows=width))
+        chosen.observe_all(texts)
         chosen.cost.observe(64 * width, 10e-3 + 1e-3 * 64 * width)
     assert most_common(widths[12:]) == 1
+
+
+def test_schedules_that_end_with_a_request_want_more_tokens_a_forward() -> None:
+    """Where one of 64 ends in nearly every forward, what happens between schedules counts."""
+    chosen = chooser(2e-5)
+    for _ in range(100):
+        chosen.observe_schedule(0.03 + 64 * 2e-5, forwards=1, rows=64)
+    assert most_common(serve(chosen, 0.9, 64)) == 1
+    for _ in range(100):
+        chosen.observe_ends(tokens=600, ended=10)
+    assert most_common(serve(chosen, 0.9, 64)) > 1

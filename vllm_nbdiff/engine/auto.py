@@ -10,6 +10,7 @@ by rows, and the acceptance, while serving.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from time import perf_counter
 from typing import NamedTuple
 
@@ -22,10 +23,11 @@ from vllm_nbdiff.engine.cost import CostModel
 from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine.ranks import Agree
 from vllm_nbdiff.engine.schedule import Schedule
+from vllm_nbdiff.request_options import DEFAULT_DRAFT_LENGTH
 
 WIDTHS = (1, 8, 16, 32)
 _NEAR = 0.2  # weight of a forward in host time
-_MEMORY = 0.98  # weight of what was known when a draft is verified
+_MEMORY = 0.98  # weight of what was known when drafts are verified, or a schedule ends
 _HYSTERESIS = 1.05
 _PROBE_EVERY, _HOPELESS = 32, 0.25
 
@@ -33,11 +35,12 @@ _PROBE_EVERY, _HOPELESS = 32, 0.25
 class Verified(NamedTuple):
     """What one request's text in a forward showed."""
 
-    width: int  # columns that a draft may have
-    text: int  # columns that were verified
+    width: int  # columns of the canvas
+    text: int  # of them that were verified
     accepted: int  # of them that held
-    hit: bool  # the next draft was made in the same forward
+    hit: int  # 1: the next draft was made in the same forward
     rows: int  # of the request in the forward
+    fan_out: bool = False  # it might have been
 
 
 class Limits(NamedTuple):
@@ -61,17 +64,21 @@ class DraftChooser:
         self.max_width = max_width
         self.max_forwards = max_forwards
         self.widths = [width for width in WIDTHS if width <= max_width]
-        self.width = self.widths[-1]
+        self.width = max(width for width in self.widths if width <= DEFAULT_DRAFT_LENGTH)
         # How often a drafted column was right, of the times that all before it were.
         self._tried = np.ones(max_width)
-        self._right = np.ones(max_width)
-        # By width: how often the next draft was there already, and rows a column of a request's
-        # forwards. A width that was not seen yet is taken to be like those that are.
+        self._right = np.full(max_width, 0.9)
+        self._right[0] = 1
+        # By width: how often the next draft was there already, how often the forward that makes it
+        # otherwise gives a token, and rows a column of a request's forwards. A width that was not
+        # seen yet is taken to be like those that are.
         self._hits = np.full(max_width + 1, 0.5)
+        self._gives = np.zeros(max_width + 1)
         self._rows = np.full(max_width + 1, 1.5)
         self._seen = np.zeros(max_width + 1, np.int64)
         self._rows[1], self._seen[1] = 1, 1
         self._choices = 0
+        self._tokens, self._ends = 0.0, 0.0  # of the last schedules: emitted, requests that ended
         self._between = 0.0  # seconds of a schedule outside of its forwards
 
     def observe_schedule(self, seconds: float, forwards: int, rows: int) -> None:
@@ -79,10 +86,20 @@ class DraftChooser:
         between = max(seconds - forwards * self.cost.seconds(rows), 0.0)
         self._between += _NEAR * (between - self._between)
 
-    def observe(self, seen: Verified) -> None:
-        """Learn from a text that was verified."""
-        if seen.width < 2:
-            return
+    def observe_ends(self, tokens: int, ended: int) -> None:
+        """Learn from what a schedule emitted, and how many requests ended in it."""
+        self._tokens = _MEMORY * self._tokens + tokens
+        self._ends = _MEMORY * self._ends + ended
+
+    def observe_all(self, texts: Iterable[Verified]) -> None:
+        """Learn from the texts that were verified in a forward."""
+        self._tried *= _MEMORY
+        self._right *= _MEMORY
+        for seen in texts:
+            if seen.width > 1:
+                self._observe(seen)
+
+    def _observe(self, seen: Verified) -> None:
         self._seen[seen.width] += 1
         alike = self._seen == 0
         alike[seen.width] = True
@@ -91,31 +108,37 @@ class DraftChooser:
         if seen.text < 2:
             return  # behind a seed alone nothing was drafted before
         self._hits += near * (seen.hit - self._hits)
+        self._gives += near * (seen.fan_out - self._gives)
         columns = np.arange(1, min(seen.accepted + 1, seen.text))
-        self._tried[columns] = _MEMORY * self._tried[columns] + 1
-        self._right[columns] = _MEMORY * self._right[columns] + (columns < seen.accepted)
+        self._tried[columns] += 1
+        self._right[columns] += columns < seen.accepted
 
     def tokens_per_forward(self, width: int) -> float:
         """Expected of a request whose drafts have `width` columns.
 
-        A round is a forward that verifies, and where the draft is not there yet, one that makes it
-        and gives one token.
+        A round is a forward that verifies, and where the draft is not there yet, one that makes it;
+        that gives one token if drafts are made for break points.
         """
         if width == 1:
             return 1.0
         # Columns that hold in a round, the seed among them, and the token behind them.
         whole = float(np.cumprod(self._right[:width] / self._tried[:width]).sum())
         missing = 1 - self._hits[width]
-        return (whole + missing) / (1 + missing)
+        return (whole + missing * float(self._gives[width])) / (1 + missing)
 
-    def speed(self, width: int, rows: int) -> float:
-        """Expected tokens a second of one request, in forwards of `rows` rows."""
-        return self.tokens_per_forward(width) / self._seconds(width, rows)
+    def speed(self, width: int, num_requests: int, rows: int) -> float:
+        """Expected tokens a second of one request of so many, in forwards of `rows` rows."""
+        return self.tokens_per_forward(width) / self._seconds(width, num_requests, rows)
 
-    def _seconds(self, width: int, rows: int) -> float:
-        """Of a forward of `rows` rows, with its share of what happens between schedules."""
-        most = (self.max_width - width) // max(self.tokens_per_forward(width), 1) + 1
-        forwards = min(most, self.max_forwards)
+    def _seconds(self, width: int, num_requests: int, rows: int) -> float:
+        """Of a forward of `rows` rows, with its share of what happens between schedules.
+
+        A schedule ends where there is no room for more tokens, and with a request.
+        """
+        tokens = max(self.tokens_per_forward(width), 1)
+        most = (self.max_width - width) // tokens + 1
+        ends = num_requests * tokens * self._ends / max(self._tokens, 1)
+        forwards = min(most, self.max_forwards, 1 / max(-np.expm1(-ends), 1e-9))
         return self.cost.seconds(rows) + self._between / forwards
 
     def choose(self, num_requests: int, other_rows: int) -> int:
@@ -126,10 +149,11 @@ class DraftChooser:
             other_rows: rows of the other requests in a forward.
         """
         self._choices += 1
-        speed = {
-            width: self.speed(width, round(num_requests * width * self._rows[width]) + other_rows)
+        rows = {
+            width: round(num_requests * width * self._rows[width]) + other_rows
             for width in self.widths
         }
+        speed = {width: self.speed(width, num_requests, rows[width]) for width in self.widths}
         best = max(speed, key=lambda width: speed[width])
         if speed[best] > _HYSTERESIS * speed[self.width]:
             self.width = best
@@ -152,7 +176,8 @@ class DraftChooser:
         """
         if width == 1:
             return Limits(1.0, 0.0)
-        seconds, whole = self._seconds(width, rows), num_requests * (width - 1)
+        seconds = self._seconds(width, num_requests, rows)
+        whole = num_requests * (width - 1)
         more = (self.cost.seconds(rows + whole) - self.cost.seconds(rows)) / seconds
         return Limits(
             chance=more * (2 - float(self._hits[width])),
@@ -185,7 +210,8 @@ class AutoDrafts:
         self.chooser = DraftChooser(CostModel(), options.config.block_length, steps_per_schedule)
         self._drafting = np.zeros(0, np.bool_)
         self._arriving: list[tuple[torch.cuda.Event, np.ndarray, np.ndarray, Tensor]] = []
-        self._ended: float | None = None  # time of the end of the last schedule, if it was plain
+        # Time of the end of the last schedule, with static shapes if it was plain.
+        self._ended: float | None = None
         self._rows = 0
 
     def begin_schedule(self, schedule: Schedule) -> None:
@@ -195,14 +221,14 @@ class AutoDrafts:
         self._drafting = auto
         if self.sets_limits:
             self._drafting = auto | (options.host["fan_out"][slots] > 0)
-        self._widths = options.host["block_length"][slots].copy()
+        self._fans = options.host["fan_out"][slots] > 0
         if self.static:
             self._rows = int(schedule.scheduled.sum())
         if not self._drafting.any():
             return
         while self._arriving and self._arriving[0][0].query():
-            _, chosen, widths, numbers = self._arriving.pop(0)
-            self._learn(chosen, widths, numbers.numpy())
+            _, chosen, fans, numbers = self._arriving.pop(0)
+            self._learn(chosen, fans, numbers.numpy())
         own = auto & schedule.decodes
         if auto.any():
             others = int(schedule.scheduled[schedule.decodes & ~auto].sum())
@@ -219,7 +245,7 @@ class AutoDrafts:
             self.options.set_limits(slots[drafting & (widths == width)], chance, survival)
 
     def observe_drafts(self, read: tuple[Tensor, ...] | None) -> None:
-        """Learn from verified texts: [B] each, of `Verified` what follows the width."""
+        """Learn from verified texts: [B] each, the numbers of `Verified`."""
         if read is None or not self._drafting.any():
             return
         numbers = torch.stack(read)
@@ -227,16 +253,14 @@ class AutoDrafts:
             event = torch.cuda.Event()
             there = numbers.to("cpu", non_blocking=True)
             event.record()
-            self._arriving.append((event, self._drafting, self._widths, there))
+            self._arriving.append((event, self._drafting, self._fans, there))
         else:
-            self._learn(self._drafting, self._widths, numbers.numpy())
+            self._learn(self._drafting, self._fans, numbers.numpy())
 
-    def _learn(self, chosen: np.ndarray, widths: np.ndarray, numbers: np.ndarray) -> None:
-        for width, (text, accepted, hit, rows) in zip(
-            widths[chosen].tolist(), numbers[:, chosen].T.tolist(), strict=True
-        ):
-            if text > 0:
-                self.chooser.observe(Verified(width, text, accepted, bool(hit), rows))
+    def _learn(self, chosen: np.ndarray, fans: np.ndarray, numbers: np.ndarray) -> None:
+        chosen = chosen & (numbers[1] > 0)
+        texts = zip(numbers[:, chosen].T.tolist(), fans[chosen].tolist(), strict=True)
+        self.chooser.observe_all(Verified._make((*own, fan)) for own, fan in texts)
 
     def observe_forward(self, rows: int, seconds: float) -> None:
         """Learn from a forward of `rows` rows: what it took, from its plan to its decisions."""
@@ -247,12 +271,13 @@ class AutoDrafts:
     def end_schedule(self, forwards: int, emitted: Emitted, prefills: bool) -> None:
         """Learn from the time between schedules: this one's forwards, what it emitted, and whether
         it held prompts."""
-        now = perf_counter()
-        if self._drafting.any() and self._ended is not None:
-            if self.static:
-                self.chooser.cost.observe(self._rows, now - self._ended)
-            else:
-                self.chooser.observe_schedule(now - self._ended, forwards, self._rows)
-        # What follows an end or a prefill is not the time of a schedule alone.
-        plain = not prefills and (self.static or not bool(emitted.ended.any()))
-        self._ended = now if plain else None
+        now, last = perf_counter(), self._ended
+        self._ended = None if self.static and prefills else now
+        if not self._drafting.any() or last is None:
+            return
+        if self.static:
+            self.chooser.cost.observe(self._rows, now - last)
+            return
+        self.chooser.observe_ends(int(emitted.count.sum()), int(emitted.ended.sum()))
+        if not prefills:  # which come after a pause, and take their time
+            self.chooser.observe_schedule(now - last, forwards, self._rows)

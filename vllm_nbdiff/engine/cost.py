@@ -22,7 +22,7 @@ class CostModel:
     """
 
     def __init__(self) -> None:
-        self._seconds = np.ones(len(_ROWS))
+        self._seconds = 1e-3 * _ROWS**_GROWTH
         self._seen = np.zeros(len(_ROWS))
         self.slowness = 1.0
 

@@ -39,8 +39,7 @@ class Decoder:
         self.sampler = sampler
         self.steps = steps
         self.read: tuple[Tensor, ...] | None = None
-        """Of the last forward, [B] each: tokens that were verified, of them those that held,
-        whether the next draft is there, and rows."""
+        """Of the last forward, [B] each: the numbers of `auto.Verified`."""
         self._filled: Filled | None = None
         """By the last forward."""
 
@@ -284,7 +283,8 @@ class Decoder:
             self.tally.add_drafts(*drafts)
             if facts.fan_out:
                 self.tally.add_fan_outs(*fan_out.made(plan, hit))
-            self.read = plan.text, text.length, hit.long(), plan.segments.length.sum(1)
+            numbers = plan.state.width, plan.text, text.length, hit.long()
+            self.read = *numbers, plan.segments.length.sum(1)
 
     def goes_on(self) -> bool:
         """Whether another forward may run before the scheduler has to know.
