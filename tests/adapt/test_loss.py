@@ -263,7 +263,7 @@ def test_acceptance_weights_are_derivatives(
     """Of the expected length that is accepted, block by block, by the logarithm of each chance."""
     generator = torch.Generator().manual_seed(seed)
     probability = torch.rand(rows, columns, generator=generator)
-    weight = (torch.rand(rows, columns, generator=generator) < 0.6) * 1.0
+    weight = torch.rand(rows, columns, generator=generator).sub(0.4).clamp(min=0)
     held = (0.5 + 0.5 * probability).log().double().requires_grad_()
     expected_length = torch.zeros((), dtype=torch.float64)
     for row in range(rows):
@@ -272,7 +272,7 @@ def test_acceptance_weights_are_derivatives(
             for column in range(start, min(start + block_length, columns)):
                 if weight[row, column]:
                     chance = chance * held[row, column].exp()
-                    expected_length = expected_length + chance
+                    expected_length = expected_length + weight[row, column].double() * chance
     if weight.any():
         expected_length.backward()
         assert held.grad is not None

@@ -4,15 +4,22 @@
 A test named `test_..._is_needed` that fails means that the patch can go.
 """
 
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from vllm.lora.layers import LoRAMapping
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LoRAModelManager
 from vllm.lora.ops.torch_ops import bgmv_expand
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from scripts.contract.release import installed
+from vllm_nbdiff.compat import take_adapters_from
 from vllm_nbdiff.engine.cpu_lora import RowWisePunica
 from vllm_nbdiff.versions import SUPPORTED_VLLM
 
@@ -35,6 +42,45 @@ def test_own_cpu_operations_is_needed() -> None:
     y = torch.zeros(2, OUTPUT)
     bgmv_expand(torch.ones(2, RANK), torch.ones(3, 1, OUTPUT, RANK), y, torch.tensor([-1, -1]))
     assert y.any() == installed()[0].startswith("0.32.")
+
+
+def test_note_draft_only_adapters_is_needed() -> None:
+    """A loaded adapter has nothing of its configuration."""
+    names = inspect.signature(LoRAModel.__init__).parameters
+    assert not {"config", "peft_helper"} & set(names)
+
+
+def test_rows_without_their_adapter() -> None:
+    """Of the forward alone: the same mapping has all of its adapters again."""
+    wrapper = RowWisePunica(16, max_batches=4, device="cpu")
+    manager: Any = SimpleNamespace(
+        punica_wrapper_mapping={DEFAULT_LANGUAGE_WRAPPER_KEY: wrapper},
+        lora_index_to_id=IDS,
+        _set_adapter_mapping=lambda mapping: wrapper.update_metadata(mapping, IDS, 4, 100),
+        _last_mapping=None,
+        _last_slot_layout=None,
+    )
+    (a, b), x = factors(torch.float32), torch.randn(6, INPUT)
+    ids = [7, 7, 9, 0, 9, 7]
+    for without in ([0, 2], [1], []):
+        LoRAModelManager.set_adapter_mapping(manager, LoRAMapping((*ids,), (*ids,), True))
+        rows = torch.zeros(6, dtype=torch.bool)
+        rows[without] = True
+        if without:
+            take_adapters_from(manager, rows, rows.flip(0))
+        for own, add in ((rows, add_linear), (rows.flip(0), add_logits)):
+            kept = [0 if gone else i for i, gone in zip(ids, own.tolist(), strict=True)]
+            y = torch.zeros(6, OUTPUT)
+            add(wrapper, y, x, a, b)
+            torch.testing.assert_close(y.double(), added(x, kept, a, b), rtol=0, atol=1e-5)
+
+
+def add_linear(wrapper: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
+    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (OUTPUT,))
+
+
+def add_logits(wrapper: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
+    wrapper.add_lora_logits(y, x, a, b, 1.0)
 
 
 def mapped(wrapper: PunicaWrapperBase, tokens: list[int], logits: list[int]) -> None:

@@ -2,6 +2,7 @@
 """A draft-only adapter acts in rows of canvases: causal text and its KV are the checkpoint's."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,28 @@ def test_forwards(
             counts.append((counter(engine, STEPS) - before, expected))
     assert all(made == expected for made, expected in counts)
     assert any(counts[i] != counts[i + 1] for i in range(0, len(counts), 2))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_its_folder_may_go_once_it_is_loaded(
+    engine: Any,
+    adapters: tuple[Path, Path, Path],
+    models: tuple[Any, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    relative: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(adapters[0], tmp_path / "gone")
+    lora = LoRARequest(f"gone {relative}", 5 + relative, "gone" if relative else f"{tmp_path}/gone")
+    engine.llm_engine.add_lora(lora)
+    shutil.rmtree(tmp_path / "gone")
+    (prompt,) = prompts_of(engine, 1)
+    params = SamplingParams(temperature=0, max_tokens=MOST, extra_args=MODES[2])
+    given = engine.generate(
+        [{"prompt_token_ids": prompt}], params, lora_request=lora, use_tqdm=False
+    )
+    assert tokens_of(given) == [expected_text(models, prompt, MODES[2])]
 
 
 def test_what_says_so(tmp_path: Path, adapters: tuple[Path, Path, Path]) -> None:

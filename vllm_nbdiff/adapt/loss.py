@@ -166,7 +166,7 @@ def acceptance_weights(
 
     Args:
         probability: ``[rows, columns]`` float32 of the targets; without gradient.
-        weight: ``[rows, columns]`` float32, of each target beside that; 0: it is none.
+        weight: ``[rows, columns]`` float32, what each target counts in that length; 0: it is none.
         block_length: The grid of blocks starts at column 0.
 
     Returns:
@@ -178,7 +178,7 @@ def acceptance_weights(
     held = F.pad(probability, (0, beyond)).view(rows, -1, block_length)
     reached = torch.where(weight > 0, (1 + held) / 2, 1).cumprod(-1) * weight
     reached = reached.flip(-1).cumsum(-1).flip(-1)
-    return (weight * reached).view(rows, -1)[:, :columns]
+    return (reached * (weight > 0)).view(rows, -1)[:, :columns]
 
 
 def _certainty(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

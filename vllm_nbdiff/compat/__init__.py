@@ -16,7 +16,12 @@ from vllm_nbdiff.compat.front_end import (
 )
 from vllm_nbdiff.compat.grammars import GrammarCompiler, name_for_workers, share_compiler
 from vllm_nbdiff.compat.graphs import capture_any_decode, uses_own_attention
-from vllm_nbdiff.compat.lora import map_rows_of_adapters, take_adapters_from
+from vllm_nbdiff.compat.lora import (
+    draft_only_ids,
+    map_rows_of_adapters,
+    note_draft_only_adapters,
+    take_adapters_from,
+)
 from vllm_nbdiff.compat.metrics import KINDS, add_counts, export_diffusion_metrics
 from vllm_nbdiff.compat.scheduler import allocate_own_lookahead, leave_ends_uncached
 from vllm_nbdiff.compat.step_map import give_step_maps, pack_steps
@@ -50,11 +55,13 @@ __all__ = [
     "capture_any_decode",
     "carry_counts",
     "counts_of",
+    "draft_only_ids",
     "ignore_grammar_of_warm_up",
     "leave_ends_uncached",
     "map_rows_of_adapters",
     "name_for_workers",
     "needs_cpu_kernels",
+    "note_draft_only_adapters",
     "pack_steps",
     "reasoning_config",
     "register_config_hook",

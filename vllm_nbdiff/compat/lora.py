@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from vllm_nbdiff.compat.patching import patch
+from vllm_nbdiff.draft_only import is_draft_only
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
@@ -50,6 +55,39 @@ def map_rows_of_adapters(model: Any, most: int) -> LoRAModelManager:
     return manager
 
 
+def note_draft_only_adapters() -> None:
+    """Have a worker note, in `draft_only_ids` of a model's LoRA manager, which adapters it loads
+    are draft-only.
+
+    Symptom: what an adapter's configuration says beside what vLLM knows is gone once it is loaded,
+    and its folder may be gone too.
+    Upstream: `WorkerLoRAManager._load_adapter` (vllm/lora/worker_manager.py).
+    Remove when a loaded adapter keeps its configuration.
+    """
+    from vllm.lora.utils import get_adapter_absolute_path
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    def make(load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_adapter(self: Any, lora_request: Any) -> Any:
+            lora = load(self, lora_request)
+            folder = Path(get_adapter_absolute_path(lora_request.lora_path))
+            ids = draft_only_ids(self._adapter_manager) - {lora.id}
+            if is_draft_only(folder):
+                ids |= {lora.id}
+            self._adapter_manager.draft_only_ids = ids
+            return lora
+
+        return load_adapter
+
+    patch(WorkerLoRAManager, "_load_adapter", make)
+
+
+def draft_only_ids(manager: Any) -> frozenset[int]:
+    """Of the adapters that a model's LoRA manager has or had."""
+    ids: frozenset[int] = getattr(manager, "draft_only_ids", frozenset())
+    return ids
+
+
 def take_adapters_from(manager: LoRAModelManager, tokens: Tensor, logits: Tensor) -> None:
     """Let rows of the mapping that is set have no adapter; the next one is set anew.
 
@@ -65,6 +103,7 @@ def take_adapters_from(manager: LoRAModelManager, tokens: Tensor, logits: Tensor
         logits: [n] bool, rows of logits.
     """
     from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
+    from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
     wrapper: Any = manager.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY]
     wrapper.token_lora_indices.masked_fill_(tokens, -1)
@@ -72,6 +111,7 @@ def take_adapters_from(manager: LoRAModelManager, tokens: Tensor, logits: Tensor
     if tokens.device.type == "cpu":
         wrapper.group_rows()
     else:
-        wrapper.token_mapping_meta.prepare_tensors(wrapper.token_lora_indices)
-        wrapper.prompt_mapping_meta.prepare_tensors(wrapper.sampler_indices)
+        with gpu_sync_allowed():
+            wrapper.token_mapping_meta.prepare_tensors(wrapper.token_lora_indices)
+            wrapper.prompt_mapping_meta.prepare_tensors(wrapper.sampler_indices)
     manager._last_mapping = None

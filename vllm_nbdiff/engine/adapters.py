@@ -10,7 +10,6 @@ device the host does not know.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,12 +17,11 @@ import torch
 from torch import Tensor
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import get_adapter_absolute_path
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_nbdiff import compat
 from vllm_nbdiff.decoding.plan import Plan
 from vllm_nbdiff.decoding.rows import TokenRows
-from vllm_nbdiff.draft_only import is_draft_only
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
@@ -51,28 +49,18 @@ class AdapterTable:
         """With the model's manager, whose adapters the runner loads, and room for requests."""
         self._manager = manager
         self._id_of_slot = np.zeros(slots, np.int64)
-        self._draft_only = np.zeros(slots, bool)
-        # What adapters said, by id and path: the path may be one of a hub.
-        self._said: dict[tuple[int, str], bool] = {}
         self._prompt_rows: np.ndarray | None = None
 
     def add_request(self, slot: int, lora_request: LoRARequest | None) -> None:
         """Note the adapter of a request; 0 is none."""
-        self._id_of_slot[slot], self._draft_only[slot] = 0, False
-        if lora_request is not None:
-            self._id_of_slot[slot] = lora_request.lora_int_id
-            self._draft_only[slot] = self._is_draft_only(lora_request)
+        self._id_of_slot[slot] = lora_request.lora_int_id if lora_request is not None else 0
 
-    def _is_draft_only(self, lora_request: LoRARequest) -> bool:
-        key = lora_request.lora_int_id, lora_request.lora_path
-        if key not in self._said or lora_request.load_inplace:
-            folder = Path(get_adapter_absolute_path(lora_request.lora_path))
-            self._said[key] = is_draft_only(folder)
-        return self._said[key]
-
-    def some_draft_only(self, slots: np.ndarray) -> bool:
-        """Whether some adapter of the requests at `slots` [B] int64 is."""
-        return bool(self._draft_only[slots].any())
+    def draft_only(self, slots: np.ndarray) -> np.ndarray:
+        """[B] bool: whether the adapters of the requests at `slots` [B] int64 are, as loaded."""
+        ids = compat.draft_only_ids(self._manager)
+        if not ids:
+            return np.zeros(len(slots), bool)
+        return np.isin(self._id_of_slot[slots], list(ids))
 
     def begin_forward(self, slots: np.ndarray, tokens: np.ndarray, logits: np.ndarray) -> None:
         """Set the adapters of a forward's rows, draft-only ones everywhere.
@@ -95,7 +83,7 @@ class AdapterTable:
             drafts: [T] bool, rows of canvases.
             of: [n] int64, rows that logits are of.
         """
-        draft_only = torch.from_numpy(self._draft_only[slots]).to(owner.device)
+        draft_only = async_tensor_h2d(self.draft_only(slots), device=owner.device)
         others = draft_only[owner] & ~drafts
         compat.take_adapters_from(self._manager, others, others[of])
 
@@ -106,7 +94,7 @@ class AdapterTable:
             slots: [B] int64, of the scheduled requests.
             scheduled: [B] int64, tokens of each.
         """
-        ids = np.where(self._draft_only[slots], 0, self._id_of_slot[slots])
+        ids = np.where(self.draft_only(slots), 0, self._id_of_slot[slots])
         self._prompt_rows = ids.repeat(scheduled)
 
     def before_logits(self, hidden_states: Tensor) -> None:

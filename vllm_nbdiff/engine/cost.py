@@ -9,7 +9,7 @@ import numpy as np
 _ROWS = np.array([1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
 # Beyond the counts of rows that were seen, time is taken to grow with rows to this power.
 _GROWTH = 0.5
-_SEEN = 0.5  # forwards
+_NEAR = 0.5  # share of a forward's rows by which it says what that count of `_ROWS` costs
 _SPEED, _SHAPE = 0.2, 0.02  # weight of a forward in the machine's speed, in the cost by rows
 
 
@@ -24,6 +24,7 @@ class CostModel:
     def __init__(self) -> None:
         self._seconds = 1e-3 * _ROWS**_GROWTH
         self._seen = np.zeros(len(_ROWS))
+        self._known = np.zeros(len(_ROWS), np.bool_)
         self.slowness = 1.0
 
     def observe(self, rows: int, seconds: float) -> None:
@@ -43,16 +44,17 @@ class CostModel:
             count = self._seen[place]
             self._seconds[place] *= error ** (max(_SHAPE, 1 / (1 + count) ** 2) * weight)
             self._seen[place] += weight
-            if count < _SEEN <= self._seen[place]:
-                self._guess_unseen()
+            if weight >= _NEAR and not self._known[place]:
+                self._known[place] = True
+                self._guess_others()
 
-    def _guess_unseen(self) -> None:
-        """What counts that were not seen cost by those that were: a power law between two."""
-        seen, rows = self._seen >= _SEEN, np.log(_ROWS)
-        known = rows[seen]
-        guess = np.interp(rows, known, np.log(self._seconds[seen]))
+    def _guess_others(self) -> None:
+        """What other counts cost by those that are known: a power law between two."""
+        rows = np.log(_ROWS)
+        known = rows[self._known]
+        guess = np.interp(rows, known, np.log(self._seconds[self._known]))
         guess += _GROWTH * (np.minimum(rows - known[0], 0) + np.maximum(rows - known[-1], 0))
-        self._seconds = np.where(seen, self._seconds, np.exp(guess))
+        self._seconds = np.where(self._known, self._seconds, np.exp(guess))
 
     def seconds(self, rows: int) -> float:
         """A forward of so many rows; more rows never take less."""

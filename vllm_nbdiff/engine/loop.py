@@ -67,7 +67,7 @@ class ForwardLoop:
                 tokens = requests.repeat(schedule.scheduled)
                 logits = requests.repeat(schedule.facts.rows)
                 self.adapters.begin_forward(schedule.slots, tokens, logits)
-                if self.adapters.some_draft_only(schedule.slots):
+                if self.adapters.draft_only(schedule.slots).any():
                     rows = token_rows(plan.segments, (runner.query_start_loc, runner.num_tokens))
                     self._keep_to_drafts(plan, rows, runner.logits_indices)
             return metadata
@@ -103,7 +103,7 @@ class ForwardLoop:
             tokens, logits = forward.rows.owner, self.decoder.row_owners()
             slots = self.decoder.schedule.slots
             self.adapters.begin_forward(slots, tokens.numpy(), logits.numpy())
-            if self.adapters.some_draft_only(slots):
+            if self.adapters.draft_only(slots).any():
                 self._keep_to_drafts(plan, forward.rows, needed)
 
     def _keep_to_drafts(self, plan: Plan, rows: TokenRows, needed: torch.Tensor) -> None:

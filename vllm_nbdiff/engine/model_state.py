@@ -140,6 +140,7 @@ class NBDiffModelState(ModelState):
         # Of one request: a text, a canvas and its drafts, a seed.
         rows = (2 + self.config.engine.max_drafts) * block + 1
         most = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * rows)
+        compat.note_draft_only_adapters()
         model: Any = self._model
         model.adapters = AdapterTable(compat.map_rows_of_adapters(model, most), slots)
         return model.adapters
