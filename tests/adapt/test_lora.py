@@ -127,14 +127,18 @@ def test_draft_only_acts_on_the_noised_half(drafts: Path) -> None:
     noised = noise_blocks(answer, 4, tokenizer.mask_token_id).ids
     with torch.inference_mode():
         by_noised, by_clean = _forward(gated, batch, noised, 4)
-        torch.testing.assert_close(by_clean, _forward(own, batch, noised, 4)[1])
+        plain, expected = _forward(own, batch, noised, 4)
+    # Nothing is added to clean rows; to others by other sums than those of merged weights, whose
+    # rounding is far below what the adapter changes.
+    torch.testing.assert_close(by_clean, expected)
+    assert (by_noised - plain).abs().mean() > 0.1
     for row in range(len(answer)):
         context = Context(own)
         context.append(batch["input_ids"][row, batch["prompt_padding"][row] : -columns].tolist())
         for start in range(0, columns, 4):
             context.model = merged
             logits = context.look(noised[row, start : start + 4].tolist())[:-1]
-            torch.testing.assert_close(by_noised[row, start : start + 3], logits)
+            torch.testing.assert_close(by_noised[row, start : start + 3], logits, rtol=0, atol=1e-3)
             context.model = own
             context.append(answer[row, start : start + 4].tolist())
 
