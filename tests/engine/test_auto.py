@@ -3,6 +3,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_nbdiff.engine.auto import DraftChooser, Verified
 from vllm_nbdiff.engine.cost import CostModel
@@ -16,6 +18,11 @@ def chooser(seconds_of_row: float) -> DraftChooser:
     return DraftChooser(cost, max_width=32, max_forwards=16)
 
 
+def seen(width: int, text: int, held: int, hit: int, rows: int, fan_out: int = 0) -> Verified:
+    """One text."""
+    return Verified(*np.array([[width], [text], [held], [hit], [rows], [fan_out]]))
+
+
 def serve(chosen: DraftChooser, chance: float, requests: int, drafts: int = 400) -> list[int]:
     """Widths chosen while drafted tokens are right with this chance."""
     random = np.random.default_rng(0)
@@ -26,7 +33,7 @@ def serve(chosen: DraftChooser, chance: float, requests: int, drafts: int = 400)
         if width > 1:
             wrong = np.flatnonzero(random.random(width - 1) >= chance)
             held = int(wrong[0]) + 1 if len(wrong) else width
-            chosen.observe_all([Verified(width, width, held, hit=0, rows=width)])
+            chosen.observe(seen(width, width, held, hit=0, rows=width))
     return widths[drafts // 2 :]
 
 
@@ -112,13 +119,13 @@ def test_drafts_that_are_there_save_forwards() -> None:
     the one that makes it gives a token."""
     chosen = chooser(0.0)
     for _ in range(600):
-        chosen.observe_all([Verified(16, 16, 8, hit=0, rows=16)])
+        chosen.observe(seen(16, 16, 8, hit=0, rows=16))
     assert chosen.tokens_per_forward(16) == pytest.approx(8 / 2, rel=0.05)
     for _ in range(600):
-        chosen.observe_all([Verified(16, 16, 8, hit=0, rows=16, fan_out=True)])
+        chosen.observe(seen(16, 16, 8, hit=0, rows=16, fan_out=True))
     assert chosen.tokens_per_forward(16) == pytest.approx((8 + 1) / 2, rel=0.05)
     for _ in range(600):
-        chosen.observe_all([Verified(16, 16, 8, hit=1, rows=60, fan_out=True)])
+        chosen.observe(seen(16, 16, 8, hit=1, rows=60, fan_out=True))
     assert chosen.tokens_per_forward(16) == pytest.approx(8, rel=0.05)
 
 
@@ -135,8 +142,9 @@ def test_a_large_batch_of_dear_rows_soon_decodes_one_token() -> None:
         for _ in range(64 * (width > 1)):
             wrong = np.flatnonzero(random.random(width - 1) >= 0.8)
             held = int(wrong[0]) + 1 if len(wrong) else width
-            texts.append(Verified(width, width, held, hit=0, rows=width))
-        chosen.observe_all(texts)
+            texts.append(seen(width, width, held, hit=0, rows=width))
+        if texts:
+            chosen.observe(Verified(*np.concatenate(texts, axis=1)))
         chosen.cost.observe(64 * width, 10e-3 + 1e-3 * 64 * width)
     assert most_common(widths[12:]) == 1
 
@@ -150,3 +158,39 @@ def test_schedules_that_end_with_a_request_want_more_tokens_a_forward() -> None:
     for _ in range(100):
         chosen.observe_ends(tokens=600, ended=10)
     assert most_common(serve(chosen, 0.9, 64)) > 1
+
+
+@given(
+    forwards=st.lists(
+        st.tuples(
+            st.integers(0, 64),  # requests
+            st.sampled_from([0.0, 1e-9, 1e-3, 1.0, 1e3]),  # seconds
+            st.integers(0, 3),  # seed
+        ),
+        max_size=40,
+    )
+)
+def test_whatever_is_seen_a_width_is_chosen(forwards: list[tuple[int, float, int]]) -> None:
+    chosen = DraftChooser(CostModel(), max_width=32, max_forwards=16)
+    for count, seconds, seed in forwards:
+        random = np.random.default_rng(seed)
+        width = random.integers(1, 33, count)
+        text = random.integers(1, width + 1)
+        accepted = random.integers(1, text + 1)
+        hit = random.integers(0, 2, count)
+        chosen.observe(Verified(width, text, accepted, hit, width * 3, hit))
+        chosen.cost.observe(max(int(width.sum()), 1), seconds)
+        chosen.observe_ends(int(accepted.sum()), int(random.integers(0, count + 1)))
+        chosen.observe_schedule(seconds, 1, max(int(width.sum()), 1))
+        assert chosen.choose(max(count, 1), other_rows=0) in (1, 8, 16, 32)
+        for limited in (8, 16, 32):
+            assert np.isfinite(chosen.tokens_per_forward(limited))
+            assert all(np.isfinite(chosen.limits(limited, max(count, 1), 64)))
+
+
+def test_columns_that_are_never_reached_stay_known() -> None:
+    """However long ago they were tried."""
+    chosen = chooser(0.0)
+    for _ in range(40_000):
+        chosen.observe(seen(8, 8, 4, hit=0, rows=8))
+    assert 1 < chosen.tokens_per_forward(32) < 16

@@ -10,7 +10,6 @@ by rows, and the acceptance, while serving.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from time import perf_counter
 from typing import NamedTuple
 
@@ -28,19 +27,21 @@ from vllm_nbdiff.request_options import DEFAULT_DRAFT_LENGTH
 WIDTHS = (1, 8, 16, 32)
 _NEAR = 0.2  # weight of a forward in host time
 _MEMORY = 0.98  # weight of what was known when drafts are verified, or a schedule ends
+# Chance of a column that nothing is known of, and how many tries outweigh that.
+_GUESS, _DOUBT = 0.9, 0.1
 _HYSTERESIS = 1.05
 _PROBE_EVERY, _HOPELESS = 32, 0.25
 
 
 class Verified(NamedTuple):
-    """What one request's text in a forward showed."""
+    """What the texts that a forward verified showed, [n] int64 each."""
 
-    width: int  # columns of the canvas
-    text: int  # of them that were verified
-    accepted: int  # of them that held
-    hit: int  # 1: the next draft was made in the same forward
-    rows: int  # of the request in the forward
-    fan_out: bool = False  # it might have been
+    width: np.ndarray  # columns of the canvas
+    text: np.ndarray  # of them that were verified
+    accepted: np.ndarray  # of them that held
+    hit: np.ndarray  # 1: the next draft was made in the same forward
+    rows: np.ndarray  # of the request in the forward
+    fan_out: np.ndarray  # 1: a draft might have been
 
 
 class Limits(NamedTuple):
@@ -66,9 +67,7 @@ class DraftChooser:
         self.widths = [width for width in WIDTHS if width <= max_width]
         self.width = max(width for width in self.widths if width <= DEFAULT_DRAFT_LENGTH)
         # How often a drafted column was right, of the times that all before it were.
-        self._tried = np.ones(max_width)
-        self._right = np.full(max_width, 0.9)
-        self._right[0] = 1
+        self._tried, self._right = np.zeros(max_width), np.zeros(max_width)
         # By width: how often the next draft was there already, how often the forward that makes it
         # otherwise gives a token, and rows a column of a request's forwards. A width that was not
         # seen yet is taken to be like those that are.
@@ -91,27 +90,27 @@ class DraftChooser:
         self._tokens = _MEMORY * self._tokens + tokens
         self._ends = _MEMORY * self._ends + ended
 
-    def observe_all(self, texts: Iterable[Verified]) -> None:
+    def observe(self, seen: Verified) -> None:
         """Learn from the texts that were verified in a forward."""
-        self._tried *= _MEMORY
-        self._right *= _MEMORY
-        for seen in texts:
-            if seen.width > 1:
-                self._observe(seen)
-
-    def _observe(self, seen: Verified) -> None:
-        self._seen[seen.width] += 1
-        alike = self._seen == 0
-        alike[seen.width] = True
-        near = max(1 - _MEMORY, 1 / (1 + self._seen[seen.width])) * alike
-        self._rows += near * (seen.rows / seen.width - self._rows)
-        if seen.text < 2:
-            return  # behind a seed alone nothing was drafted before
-        self._hits += near * (seen.hit - self._hits)
-        self._gives += near * (seen.fan_out - self._gives)
-        columns = np.arange(1, min(seen.accepted + 1, seen.text))
-        self._tried[columns] += 1
-        self._right[columns] += columns < seen.accepted
+        for width in np.unique(seen.width[seen.width > 1]).tolist():
+            own = Verified(*(field[seen.width == width] for field in seen))
+            self._seen[width] += 1
+            alike = self._seen == 0
+            alike[width] = True
+            near = max(1 - _MEMORY, 1 / (1 + self._seen[width])) * alike
+            self._rows += near * (own.rows.mean() / width - self._rows)
+            drafted = own.text > 1
+            if drafted.any():  # behind a seed alone nothing was drafted before
+                self._hits += near * (own.hit[drafted].mean() - self._hits)
+                self._gives += near * (own.fan_out[drafted].mean() - self._gives)
+        drafted = (seen.width > 1) & (seen.text > 1)
+        if not drafted.any():
+            return
+        columns = np.arange(self.max_width)
+        accepted = seen.accepted[drafted, None]
+        tried = columns < np.minimum(accepted + 1, seen.text[drafted, None])
+        self._tried = _MEMORY * self._tried + tried.sum(0)
+        self._right = _MEMORY * self._right + (tried & (columns < accepted)).sum(0)
 
     def tokens_per_forward(self, width: int) -> float:
         """Expected of a request whose drafts have `width` columns.
@@ -122,7 +121,8 @@ class DraftChooser:
         if width == 1:
             return 1.0
         # Columns that hold in a round, the seed among them, and the token behind them.
-        whole = float(np.cumprod(self._right[:width] / self._tried[:width]).sum())
+        right, tried = self._right[1:width], self._tried[1:width]
+        whole = 1 + float(np.cumprod((right + _DOUBT * _GUESS) / (tried + _DOUBT)).sum())
         missing = 1 - self._hits[width]
         return (whole + missing * float(self._gives[width])) / (1 + missing)
 
@@ -259,14 +259,16 @@ class AutoDrafts:
 
     def _learn(self, chosen: np.ndarray, fans: np.ndarray, numbers: np.ndarray) -> None:
         chosen = chosen & (numbers[1] > 0)
-        texts = zip(numbers[:, chosen].T.tolist(), fans[chosen].tolist(), strict=True)
-        self.chooser.observe_all(Verified._make((*own, fan)) for own, fan in texts)
+        self.chooser.observe(Verified._make((*numbers[:, chosen], fans[chosen].astype(np.int64))))
 
-    def observe_forward(self, rows: int, seconds: float) -> None:
-        """Learn from a forward of `rows` rows: what it took, from its plan to its decisions."""
+    def begin_forward(self, rows: int) -> None:
+        """Note the rows of a forward that is not the runner's."""
         self._rows = rows
+
+    def observe_forward(self, seconds: float) -> None:
+        """Learn from that forward: what it took, from its plan to its decisions."""
         if self._drafting.any():
-            self.chooser.cost.observe(rows, seconds)
+            self.chooser.cost.observe(self._rows, seconds)
 
     def end_schedule(self, forwards: int, emitted: Emitted, prefills: bool) -> None:
         """Learn from the time between schedules: this one's forwards, what it emitted, and whether

@@ -29,6 +29,7 @@ class CostModel:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a forward that was run."""
+        seconds = max(seconds, 1e-6)  # a clock may stand
         if not self._seen.any():
             self._seconds = seconds * (_ROWS / rows) ** _GROWTH
         error = seconds / self.seconds(rows)

@@ -77,6 +77,7 @@ class ForwardLoop:
             paged.slot_mappings.fill_(PAD_SLOT_ID)
             runner.logits_indices = torch.zeros(0, dtype=torch.int64)
             return paged.of_runner(int(runner.seq_lens.max()))
+        self.auto.begin_forward(len(self.forward.input_ids))
         runner.logits_indices = self._needed_rows(self.forward)
         self._set_adapters(plan, self.forward, runner.logits_indices)
         if schedule.scores_prompt:
@@ -134,13 +135,14 @@ class ForwardLoop:
             forward = self._paged.forward(plan, schedule.batch, schedule.facts)
             if forward is None:
                 break
+            auto.begin_forward(len(forward.input_ids))
             needed = self._needed_rows(forward)
             self._set_adapters(plan, forward, needed)
             hidden = self.model(input_ids=None, positions=forward.rows.position, segments=forward)
             logits = self.model.compute_logits(hidden[needed])
             decoder.decide(logits)
             auto.observe_drafts(decoder.read)
-            auto.observe_forward(len(forward.input_ids), perf_counter() - began)
+            auto.observe_forward(perf_counter() - began)
         decoder.end()
         broken = decoder.tally.broken
         if broken is not None and not decoder.schedule.facts.static:
