@@ -12,6 +12,9 @@ TYPED := vllm_nbdiff kernels benchmarks scripts
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
+# Importing vLLM takes twice as long without bytecode, and an engine imports it in three processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 # vLLM's CPU workers are faster on Intel's OpenMP runtime and on tcmalloc: used where they exist.
 PRELOAD = $(shell ls $(CURDIR)/.venv/lib/libiomp5.so /usr/lib/*/libtcmalloc_minimal.so.4 \
 	2>/dev/null | paste -sd:)

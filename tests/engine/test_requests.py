@@ -2,6 +2,7 @@
 """Ends, limits and standard sampling parameters of requests, on one engine."""
 
 from collections.abc import Callable
+from time import sleep
 from typing import Any
 
 import pytest
@@ -190,3 +191,9 @@ def test_a_schedule_ends_in_time(served: tuple[Any, Any], monkeypatch: pytest.Mo
     least, same = schedules()
     # A prompt's schedule has no forward of a canvas.
     assert most > 0 >= least and same == tokens
+
+    forward = loop.model.forward
+    monkeypatch.setattr(loop.model, "forward", lambda **given: sleep(0.02) or forward(**given))
+    monkeypatch.setattr(loop, "seconds_per_schedule", 0.02)
+    slow, same = schedules()  # the first forward counts
+    assert slow <= 0 and same == tokens

@@ -55,7 +55,7 @@ class ForwardLoop:
 
     def begin(self, schedule: Schedule, paged: PagedBatch) -> dict[str, Any]:
         """Attention metadata of a schedule's first forward, whose rows of logits are set."""
-        self._paged = paged
+        self._paged, self._end = paged, perf_counter() + self.seconds_per_schedule
         self.decoder.begin(schedule)
         plan, runner = self.decoder.plan(), paged.input_batch
         if schedule.facts.static:
@@ -120,14 +120,13 @@ class ForwardLoop:
     def run(self, logits: torch.Tensor) -> None:
         """Decide the first forward, and run and decide those that follow it."""
         decoder, auto = self.decoder, self.auto
-        end = perf_counter() + self.seconds_per_schedule
         auto.begin_schedule(decoder.schedule)
         decoder.decide(logits)
         auto.observe_drafts(decoder.read)
         forwards = 1
         while forwards < self.steps_per_schedule and decoder.goes_on():
             began = perf_counter()
-            if began > end:
+            if began > self._end:
                 break
             forwards += 1
             schedule = decoder.schedule
