@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve o
 import argparse
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -38,7 +39,8 @@ from vllm_nbdiff.adapt.schedule import BlockGrowth, Schedule
 from vllm_nbdiff.adapt.train import AdaptationTrainer, CausalTrainer
 
 BLOCK_LENGTH = 32
-SEEDS = {"adaptation": 1, "refinement": 2, "final": 6}  # of a stage's data, beside --seed
+DRAFT_LENGTHS = (16, 32)  # in turns, those that `verify` and `auto` draft
+SEEDS = {"adaptation": 1, "refinement": 2, "final": 6, "drafts": 42}  # of data, beside --seed
 THRESHOLD, SMALL_BLOCKS = 0.99, 2  # served by default; see the figures in the model card
 MAX_POSITIONS = 1024
 VOCAB_SIZE = 768
@@ -53,6 +55,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
 TWO_TURNS_SHARE = 0.1
+ANYWHERE_SHARE = 0.2  # of the answers to drafts, which begin where a text broke off
 CAUSAL_TOKENS, ADAPTATION_TOKENS = 1024, 1536
 """Tokens of a batch, padding included."""
 
@@ -127,6 +130,16 @@ def conversations(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Exa
         yield encode(tokenizer, messages)
 
 
+def begun_anywhere(examples: Iterator[Example], share: float, seed: int) -> Iterator[Example]:
+    """``examples``, the answers of a share of which begin at any of their tokens but the last."""
+    rng = Random(f"anywhere {seed}")
+    for example in examples:
+        prompt, length = example["prompt_length"], len(example["input_ids"])
+        if rng.random() < share:
+            prompt = rng.randrange(prompt, length - 1)
+        yield {**example, "prompt_length": prompt}
+
+
 def arguments(folder: Path, options: argparse.Namespace, **stage: Any) -> TrainingArguments:
     """Settings shared by both stages."""
     return TrainingArguments(
@@ -183,16 +196,20 @@ def pretrain(
 def adapt(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace
 ) -> None:
-    """Turn the causal model into a block-diffusion model, then refine it, at last without the
-    certainty loss, which costs exactness."""
+    """Turn the causal model into a block-diffusion model, then refine it, then without the
+    certainty loss, which costs exactness; at last teach it the drafts of mode ``verify``."""
+    loss = LossOptions(position_bias=8.0, certainty_weight=1.0)
     steps, refining = options.steps, options.refining_steps
     growth = BlockGrowth(interval=max(1, steps // 30), final=BLOCK_LENGTH)
     schedule = Schedule(growth, certainty_from=steps * 4 // 5)
-    _denoise(model, tokenizer, options, "adaptation", steps, 1.5e-3, schedule)
+    _denoise(model, tokenizer, options, "adaptation", steps, 1.5e-3, schedule, loss)
     full = BlockGrowth(interval=1, initial=BLOCK_LENGTH, final=BLOCK_LENGTH)
-    _denoise(model, tokenizer, options, "refinement", refining, 6e-4, Schedule(full, 0))
-    steps = options.final_steps
-    _denoise(model, tokenizer, options, "final", steps, 8e-4, Schedule(full, certainty_from=steps))
+    _denoise(model, tokenizer, options, "refinement", refining, 6e-4, Schedule(full, 0), loss)
+    steps, loss = options.final_steps, LossOptions(position_bias=8.0)
+    _denoise(model, tokenizer, options, "final", steps, 8e-4, Schedule(full, steps), loss)
+    steps, loss = options.draft_steps, replace(loss, draft_share=0.6, fan_out_share=0.33)
+    lengths = Schedule(lambda step: DRAFT_LENGTHS[step % len(DRAFT_LENGTHS)], steps)
+    _denoise(model, tokenizer, options, "drafts", steps, 1.2e-3, lengths, loss, ANYWHERE_SHARE)
 
 
 def _denoise(
@@ -203,6 +220,8 @@ def _denoise(
     steps: int,
     learning_rate: float,
     schedule: Schedule,
+    loss: LossOptions,
+    anywhere: float = 0.0,
 ) -> None:
     folder = options.work / stage
     seed = options.seed + SEEDS[stage]
@@ -211,7 +230,8 @@ def _denoise(
         prompt = example["prompt_length"]
         return row_length(prompt, len(example["input_ids"]) - prompt, BLOCK_LENGTH)
 
-    batches = token_batches(conversations(tokenizer, seed), length, ADAPTATION_TOKENS, seed)
+    stream = begun_anywhere(conversations(tokenizer, seed), anywhere, seed)
+    batches = token_batches(stream, length, ADAPTATION_TOKENS, seed)
     trainer = AdaptationTrainer(
         model=model,
         args=arguments(folder, options, max_steps=steps, learning_rate=learning_rate),
@@ -219,7 +239,7 @@ def _denoise(
         data_collator=Collator(tokenizer.pad_token_id, tokenizer.eos_token_id, BLOCK_LENGTH),
         schedule=schedule,
         mask_token_id=tokenizer.mask_token_id,
-        loss_options=LossOptions(position_bias=8.0, certainty_weight=1.0),
+        loss_options=loss,
     )
     fit(trainer, folder)
 
@@ -245,6 +265,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3600, help="of the adaptation")
     parser.add_argument("--refining-steps", type=int, default=1100)
     parser.add_argument("--final-steps", type=int, default=2200)
+    parser.add_argument("--draft-steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--causal-only", action="store_true", help="stop before the adaptation")

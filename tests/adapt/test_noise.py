@@ -61,6 +61,18 @@ def test_a_share_of_blocks_is_masked_whole() -> None:
     assert abs(noised.masked[~whole, 1:].float().mean() - 0.5) < 0.02
 
 
+def test_first_tokens_of_a_share_of_the_drafts_are_masks_and_no_targets() -> None:
+    """But for tokens that are known; everything else is as without it."""
+    answer, known = torch.zeros(4000, 16, dtype=torch.long), torch.arange(4000) % 2
+    shares = {"draft_share": 0.5, "fan_out_share": 0.4}
+    noised = noise_blocks(answer, 16, MASK, torch.Generator().manual_seed(0), known=known, **shares)
+    hidden, whole = noised.ids == MASK, noised.level[:, 0] == 1
+    assert not noised.masked[:, 0].any() and torch.equal(hidden[:, 1:], noised.masked[:, 1:])
+    assert not hidden[~whole, 0].any() and not hidden[known == 1, 0].any()
+    assert abs(hidden[whole & (known == 0), 0].float().mean() - 0.4) < 0.06  # four standard errors
+    assert noised.masked[whole, 1:].all()
+
+
 def test_without_bias_every_position_is_masked_alike() -> None:
     generator = torch.Generator().manual_seed(0)
     noised = noise_blocks(torch.zeros(20_000, 8, dtype=torch.long), 8, MASK, generator)
@@ -129,6 +141,8 @@ def test_certainty_loss_belongs_to_the_last_stage() -> None:
         ({"certainty_weight": -0.1}, "certainty_weight"),
         ({"weighting": "cosine"}, "weighting"),
         ({"draft_share": 1.5}, "draft_share"),
+        ({"draft_share": 0.5, "fan_out_share": -1}, "fan_out_share"),
+        ({"fan_out_share": 0.5}, "draft_share, which is 0"),
         ({"context": "block"}, "context must be"),
         ({"context": "block-causal"}, "seeds"),
         ({"context": "block-causal", "ar_targets": "seeds", "ar_weight": 0}, "ar_weight"),

@@ -102,6 +102,7 @@ class AdaptArguments:
     draft_share: float = field(
         default=0.0, metadata={"help": "share of blocks that are masked whole, as drafts begin"}
     )
+    fan_out_share: float = field(default=0.0, metadata={"help": "of those, with no first token"})
     eos_padding_weight: float = field(
         default=0.1, metadata={"help": "weight of what follows the eos in its block"}
     )
@@ -207,6 +208,7 @@ def losses_of(options: AdaptArguments) -> tuple[LossOptions, LossOptions]:
         eos_padding_weight=options.eos_padding_weight,
         position_bias=options.position_bias,
         draft_share=options.draft_share,
+        fan_out_share=options.fan_out_share,
         certainty_weight=options.certainty_weight if options.certainty_steps else 0.0,
     )
     return trained, measured

@@ -32,7 +32,7 @@ class LossOptions:
         weighting: Weight of a masked token: ``uniform``, ``inverse_t`` for the 1/t of the
             likelihood bound, or ``acceptance``, see :func:`acceptance_weights`.
         position_bias: See :func:`~vllm_nbdiff.adapt.noise.noise_blocks`.
-        draft_share: The same.
+        draft_share, fan_out_share: The same.
         certainty_weight: Factor of the entropy of right guesses at masked positions
             (certainty-forcing of dParallel, arXiv 2509.26488): surer guesses pass a threshold
             sooner, which buys tokens per forward.
@@ -47,6 +47,7 @@ class LossOptions:
     weighting: Weighting = "uniform"
     position_bias: float = 0.0
     draft_share: float = 0.0
+    fan_out_share: float = 0.0
     certainty_weight: float = 0.0
     context: ContextMask = "causal"
 
@@ -58,8 +59,11 @@ class LossOptions:
             raise ValueError(
                 f"weighting must be one of {', '.join(get_args(Weighting))}, got {self.weighting!r}"
             )
-        if not 0 <= self.draft_share <= 1:
-            raise ValueError(f"draft_share must be from 0 to 1, got {self.draft_share}")
+        for name in ("draft_share", "fan_out_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.fan_out_share > 0 and self.draft_share == 0:
+            raise ValueError("fan_out_share is a share of draft_share, which is 0")
         if self.context not in get_args(ContextMask):
             raise ValueError(f"context must be causal or block-causal, got {self.context!r}")
         if self.context == "block-causal" and self.ar_targets != "seeds":
@@ -211,6 +215,7 @@ def adaptation_loss(
         options.position_bias,
         known=batch["tail_length"],
         draft_share=options.draft_share,
+        fan_out_share=options.fan_out_share,
     )
     by_noised, by_clean = _forward(model, batch, noised.ids, block_length, options.context)
 

@@ -32,6 +32,7 @@ def noise_blocks(
     position_bias: float = 0.0,
     known: torch.Tensor | None = None,
     draft_share: float = 0.0,
+    fan_out_share: float = 0.0,
 ) -> Noised:
     """Mask a share t of each block, t ~ U[0, 1]; later positions more often, if asked.
 
@@ -42,7 +43,8 @@ def noise_blocks(
     after Efficient-DLM, arXiv 2512.14067).
 
     The first token of a block stays: in decoding it is the seed, known before the first denoise
-    step.
+    step. A canvas of `nbdiff_fan_out` begins before it is known, and a causal row predicts it there
+    as well: it may be a mask (``fan_out_share``), but is no target.
 
     Args:
         answer: ``[rows, length]`` int64; the block grid starts at column 0.
@@ -53,6 +55,8 @@ def noise_blocks(
         known: ``[rows]`` int64, so many tokens at the beginning of each row stay; none if None.
         draft_share: Share of the blocks that are masked whole, t = 1, as a draft of mode ``verify``
             begins.
+        fan_out_share: Share of those whose first token is a mask too, as of a draft behind a break
+            point of a text that the same forward verifies.
     """
     rows, length = answer.shape
     blocks = -(-length // block_length)
@@ -61,12 +65,17 @@ def noise_blocks(
     if draft_share > 0:
         whole = torch.rand(rows, blocks, 1, generator=generator) < draft_share
         level = level.masked_fill(whole, 1.0)
+    unseen = torch.zeros_like(level, dtype=torch.bool)
+    if fan_out_share > 0:
+        chosen = torch.rand(rows, blocks, 1, generator=generator) < fan_out_share
+        unseen = (level == 1) & chosen
 
     place = torch.arange(block_length)
     column = torch.arange(blocks * block_length).view(blocks, block_length)
-    may = ((place > 0) & (column < length)).expand(shape)
+    own = (column < length).expand(shape)
     if known is not None:
-        may = may & (column >= known.cpu()[:, None, None])
+        own = own & (column >= known.cpu()[:, None, None])
+    may = own & (place > 0)
     count = ((torch.rand(shape, generator=generator) < level) & may).sum(dim=-1, keepdim=True)
     # Gumbel noise on log weights: the largest keys are draws without replacement.
     gumbel = -torch.empty(shape).exponential_(generator=generator).log()
@@ -74,6 +83,9 @@ def noise_blocks(
     order = key.masked_fill(~may, -torch.inf).argsort(dim=-1, descending=True)
     masked = torch.zeros(shape, dtype=torch.bool).scatter(-1, order, place < count)
 
-    masked = masked.view(rows, -1)[:, :length].to(answer.device)
-    level = level.expand(shape).reshape(rows, -1)[:, :length].to(answer.device)
-    return Noised(answer.masked_fill(masked, mask_token_id), masked, level)
+    hidden = masked | (unseen & own & (place == 0))
+    masked, hidden, level = (
+        x.expand(shape).reshape(rows, -1)[:, :length].to(answer.device)
+        for x in (masked, hidden, level)
+    )
+    return Noised(answer.masked_fill(hidden, mask_token_id), masked, level)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds at which optimizer step: block length (NBDiff), certainty loss (dParallel)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from vllm_nbdiff.adapt.loss import LossOptions
@@ -48,11 +49,11 @@ class Schedule:
     """The stages of one run.
 
     Args:
-        growth: Block length by step.
+        growth: Block length by step: a :class:`BlockGrowth`, or any other rule.
         certainty_from: First step of the last stage, the only one with a certainty loss.
     """
 
-    growth: BlockGrowth
+    growth: Callable[[int], int]
     certainty_from: int
 
     def block_length(self, step: int) -> int:
