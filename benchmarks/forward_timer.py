@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_nbdiff.engine.auto import Limits
+from vllm_nbdiff.engine.chooser import Limits
 
 if TYPE_CHECKING:
     from vllm_nbdiff.decoding.plan import Plan

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 _ROWS = np.array([1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
-# Beyond the counts of rows that were seen, time is taken to grow with rows to this power.
+# Beyond the counts of rows that were seen, time is taken to grow with rows to this power at least.
 _GROWTH = 0.5
 _NEAR = 0.5  # share of a forward's rows by which it says what that count of `_ROWS` costs
 _SPEED, _SHAPE = 0.2, 0.02  # weight of a forward in the machine's speed, in the cost by rows
@@ -50,11 +50,16 @@ class CostModel:
                 self._guess_others()
 
     def _guess_others(self) -> None:
-        """What other counts cost by those that are known: a power law between two."""
+        """What other counts cost by those that are known: a power law between two, which goes on
+        behind the last two unless it is flatter than `_GROWTH`, or steeper than rows."""
         rows = np.log(_ROWS)
-        known = rows[self._known]
-        guess = np.interp(rows, known, np.log(self._seconds[self._known]))
-        guess += _GROWTH * (np.minimum(rows - known[0], 0) + np.maximum(rows - known[-1], 0))
+        known, seconds = rows[self._known], np.log(self._seconds[self._known])
+        guess = np.interp(rows, known, seconds)
+        growth = _GROWTH
+        if len(known) > 1:
+            last = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
+            growth = float(np.clip(last, _GROWTH, 1))
+        guess += _GROWTH * np.minimum(rows - known[0], 0) + growth * np.maximum(rows - known[-1], 0)
         self._seconds = np.where(self._known, self._seconds, np.exp(guess))
 
     def seconds(self, rows: int) -> float:

@@ -55,7 +55,8 @@ class ForwardLoop:
 
     def begin(self, schedule: Schedule, paged: PagedBatch) -> dict[str, Any]:
         """Attention metadata of a schedule's first forward, whose rows of logits are set."""
-        self._paged, self._end = paged, perf_counter() + self.seconds_per_schedule
+        self._paged, self._began = paged, perf_counter()
+        self.auto.begin_schedule(schedule)
         self.decoder.begin(schedule)
         plan, runner = self.decoder.plan(), paged.input_batch
         if schedule.facts.static:
@@ -120,13 +121,15 @@ class ForwardLoop:
     def run(self, logits: torch.Tensor) -> None:
         """Decide the first forward, and run and decide those that follow it."""
         decoder, auto = self.decoder, self.auto
-        auto.begin_schedule(decoder.schedule)
         decoder.decide(logits)
         auto.observe_drafts(decoder.read)
+        facts = decoder.schedule.facts
+        if not (facts.static or facts.prefills) and self.forward is not None:
+            auto.observe_forward(perf_counter() - self._began)
         forwards = 1
         while forwards < self.steps_per_schedule and decoder.goes_on():
             began = perf_counter()
-            if began > self._end:
+            if began - self._began > self.seconds_per_schedule:
                 break
             forwards += 1
             schedule = decoder.schedule
@@ -144,8 +147,8 @@ class ForwardLoop:
             auto.observe_forward(perf_counter() - began)
         decoder.end()
         broken = decoder.tally.broken
-        if broken is not None and not decoder.schedule.facts.static:
+        if broken is not None and not facts.static:
             self._paged.heal(broken.nonzero()[:, 0])
         if self.adapters is not None and decoder.schedule.scores_prompt:
             self.adapters.score_prompts(decoder.schedule.slots, decoder.schedule.scheduled)
-        auto.end_schedule(forwards, decoder.emitted, decoder.schedule.facts.prefills)
+        auto.end_schedule(forwards, decoder.emitted, facts.prefills)

@@ -126,7 +126,7 @@ class NBDiffModelState(ModelState):
         agree, seconds = of_first_rank, math.inf
         if is_alone:
             agree, seconds = alone, _SECONDS_PER_SCHEDULE
-        auto = AutoDrafts(self.options, steps, config.static_shapes, agree)
+        auto = AutoDrafts(self.options, steps, seconds, config.static_shapes, agree)
         self.adapters = self._make_adapters(slots)
         self.loop = ForwardLoop(self._model, decoder, auto, steps, seconds, self.adapters)
         most_rows = slots * config.most_rows if config.static_shapes else 0

@@ -133,10 +133,12 @@ class OptionTable:
 
     def set_draft_length(self, slots: np.ndarray, length: int) -> None:
         """Draft `length` tokens, the seed included, on canvases that begin from now on."""
-        self.host["block_length"][slots] = length
-        self.host["sub_block_length"][slots] = length
-        self._changed.update(slots.tolist())
-        self.num_changes += 1
+        slots = slots[self.host["block_length"][slots] != length]
+        if len(slots):
+            self.host["block_length"][slots] = length
+            self.host["sub_block_length"][slots] = length
+            self._changed.update(slots.tolist())
+            self.num_changes += 1
 
     def set_limits(self, slots: np.ndarray, chance: float, survival: float) -> None:
         """Draft for break points that are at least so likely, and verify columns that are."""

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which width of drafts gives the most tokens a second, and what is worth its rows.
+
+All choices verify, so the text is always that of AR decoding; width 1 is AR decoding itself. The
+best choice gives the most accepted tokens a second: rows are nearly free while a forward is bound
+by reading weights, and cost their arithmetic beyond that. Both sides are measured: a forward's time
+by rows, and the acceptance, while serving.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_nbdiff.engine.cost import CostModel
+from vllm_nbdiff.request_options import DEFAULT_DRAFT_LENGTH
+
+WIDTHS = (1, 8, 16, 32)
+_NEAR = 0.2  # weight of a forward in host time
+_MEMORY = 0.98  # weight of what was known when drafts are verified, or a schedule ends
+# Chance of a column that nothing is known of, and how many tries outweigh that.
+_GUESS, _DOUBT = 0.9, 0.1
+_HYSTERESIS = 1.05
+_PROBE_EVERY, _HOPELESS = 32, 0.25
+
+
+class Verified(NamedTuple):
+    """What the texts that a forward verified showed, [n] int64 each."""
+
+    width: np.ndarray  # columns of the canvas
+    text: np.ndarray  # of them that were verified
+    accepted: np.ndarray  # of them that held
+    hit: np.ndarray  # 1: the next draft was made in the same forward
+    rows: np.ndarray  # of the request in the forward
+    fan_out: np.ndarray  # 1: a draft might have been
+
+
+class Limits(NamedTuple):
+    """What of a batch's drafts is worth its rows."""
+
+    chance: float  # of a break point for which a draft is made, at least
+    survival: float  # chance that a column and all before it hold, at least, to be verified
+
+
+class DraftChooser:
+    """Chooses one width for all `auto` requests of a batch, and what is verified and drafted."""
+
+    def __init__(
+        self, cost: CostModel, max_width: int, max_forwards: int, max_seconds: float = math.inf
+    ) -> None:
+        """
+        Args:
+            cost: of a forward.
+            max_width: most columns of a draft.
+            max_forwards: forwards that a schedule may run.
+            max_seconds: of a schedule, after which none begins.
+        """
+        self.cost = cost
+        self.max_width = max_width
+        self.room = max_width  # tokens that a schedule may emit for a request
+        self.max_forwards, self.max_seconds = max_forwards, max_seconds
+        self.widths = [width for width in WIDTHS if width <= max_width]
+        self.width = max(width for width in self.widths if width <= DEFAULT_DRAFT_LENGTH)
+        # How often a drafted column was right, of the times that all before it were.
+        self._tried, self._right = np.zeros(max_width), np.zeros(max_width)
+        # By width: how often the next draft was there already, how often the forward that makes it
+        # otherwise gives a token, and rows a column of a request's forwards. A width that was not
+        # seen yet is taken to be like those that are.
+        self._hits = np.full(max_width + 1, 0.5)
+        self._gives = np.zeros(max_width + 1)
+        self._rows = np.full(max_width + 1, 1.5)
+        self._seen = np.zeros(max_width + 1, np.int64)
+        self._rows[1], self._seen[1] = 1, 1
+        self._choices = 0
+        self._tokens, self._ends = 0.0, 0.0  # of the last schedules: emitted, requests that ended
+        self._between = 0.0  # seconds of a schedule outside of its forwards
+
+    def observe_schedule(self, seconds: float, forwards: int, rows: int) -> None:
+        """Learn from a schedule of `forwards` of `rows` rows, from the end of the one before."""
+        between = max(seconds - forwards * self.cost.seconds(rows), 0.0)
+        self._between += _NEAR * (between - self._between)
+
+    def observe_ends(self, tokens: int, ended: int) -> None:
+        """Learn from what a schedule emitted, and how many requests ended in it."""
+        self._tokens = _MEMORY * self._tokens + tokens
+        self._ends = _MEMORY * self._ends + ended
+
+    def observe(self, seen: Verified) -> None:
+        """Learn from the texts that were verified in a forward."""
+        for width in np.unique(seen.width[seen.width > 1]).tolist():
+            own = Verified(*(field[seen.width == width] for field in seen))
+            self._seen[width] += 1
+            alike = self._seen == 0
+            alike[width] = True
+            near = max(1 - _MEMORY, 1 / (1 + self._seen[width])) * alike
+            self._rows += near * (own.rows.mean() / width - self._rows)
+            drafted = own.text > 1
+            if drafted.any():  # behind a seed alone nothing was drafted before
+                self._hits += near * (own.hit[drafted].mean() - self._hits)
+                self._gives += near * (own.fan_out[drafted].mean() - self._gives)
+        drafted = (seen.width > 1) & (seen.text > 1)
+        if not drafted.any():
+            return
+        columns = np.arange(self.max_width)
+        accepted = seen.accepted[drafted, None]
+        tried = columns < np.minimum(accepted + 1, seen.text[drafted, None])
+        self._tried = _MEMORY * self._tried + tried.sum(0)
+        self._right = _MEMORY * self._right + (tried & (columns < accepted)).sum(0)
+
+    def tokens_per_forward(self, width: int) -> float:
+        """Expected of a request whose drafts have `width` columns.
+
+        A round is a forward that verifies, and where the draft is not there yet, one that makes it;
+        that gives one token if drafts are made for break points.
+        """
+        if width == 1:
+            return 1.0
+        # Columns that hold in a round, the seed among them, and the token behind them; what lies
+        # behind the end of a text is of no use.
+        right, tried = self._right[1:width], self._tried[1:width]
+        going_on = 1 - min(self._ends / max(self._tokens, 1), 1)
+        holds = going_on * (right + _DOUBT * _GUESS) / (tried + _DOUBT)
+        whole = 1 + float(np.cumprod(holds).sum())
+        missing = 1 - self._hits[width]
+        return (whole + missing * float(self._gives[width])) / (1 + missing)
+
+    def speed(self, width: int, num_requests: int, rows: int) -> float:
+        """Expected tokens a second of one request of so many, in forwards of `rows` rows."""
+        return self.tokens_per_forward(width) / self._seconds(width, num_requests, rows)
+
+    def _seconds(self, width: int, num_requests: int, rows: int) -> float:
+        """Of a forward of `rows` rows, with its share of what happens between schedules.
+
+        A schedule ends where there is no room for more tokens, with its time, and with a request.
+        """
+        seconds = self.cost.seconds(rows)
+        tokens = max(self.tokens_per_forward(width), 1)
+        most = max(self.room - width, 0) // tokens + 1
+        ends = num_requests * tokens * self._ends / max(self._tokens, 1)
+        in_time = 1 + self.max_seconds / seconds
+        forwards = min(most, in_time, self.max_forwards, 1 / max(-np.expm1(-ends), 1e-9))
+        return seconds + self._between / forwards
+
+    def choose(self, num_requests: int, other_rows: int) -> int:
+        """The width of the next canvases.
+
+        Args:
+            num_requests: `auto` requests in the batch.
+            other_rows: rows of the other requests in a forward.
+        """
+        self._choices += 1
+        rows = {
+            width: round(num_requests * width * self._rows[width]) + other_rows
+            for width in self.widths
+        }
+        speed = {width: self.speed(width, num_requests, rows[width]) for width in self.widths}
+        best = max(speed, key=lambda width: speed[width])
+        if speed[best] > _HYSTERESIS * speed[self.width]:
+            self.width = best
+        turn, rest = divmod(self._choices, _PROBE_EVERY)
+        if rest:
+            return self.width
+        # What is never tried is never known to have become better; by turns the two next to it.
+        beside = self.widths.index(self.width) + (1 if turn % 2 else -1)
+        probe = self.widths[min(max(beside, 0), len(self.widths) - 1)]
+        return probe if speed[probe] > _HOPELESS * speed[self.width] else self.width
+
+    def limits(self, width: int, num_requests: int, rows: int) -> Limits:
+        """What is worth its rows where all `num_requests` requests take as much.
+
+        A draft behind a break point saves its request a forward if the text breaks off there, a
+        column of a text gives it a token if it holds; either costs all requests of the batch time.
+
+        Args:
+            rows: of a forward now.
+        """
+        if width == 1:
+            return Limits(1.0, 0.0)
+        seconds = self._seconds(width, num_requests, rows)
+        whole = num_requests * (width - 1)
+        more = (self.cost.seconds(rows + whole) - self.cost.seconds(rows)) / seconds
+        return Limits(
+            chance=more * (2 - float(self._hits[width])),
+            survival=more / (width - 1) * self.tokens_per_forward(width),
+        )
