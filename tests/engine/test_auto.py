@@ -129,6 +129,19 @@ def test_drafts_that_are_there_save_forwards() -> None:
     assert chosen.tokens_per_forward(16) == pytest.approx(8, rel=0.05)
 
 
+def test_what_lies_behind_the_end_of_a_text_is_of_no_use() -> None:
+    """Where texts have 64 tokens, wide drafts give less than all of their columns."""
+    chosen = chooser(0.0)
+    for _ in range(600):
+        chosen.observe(seen(32, 32, 32, hit=0, rows=32))
+    endless = {width: chosen.tokens_per_forward(width) for width in (8, 32)}
+    assert list(endless.values()) == pytest.approx([8 / 2, 32 / 2], rel=0.01)
+    chosen.observe_ends(tokens=6400, ended=100)
+    held = sum((1 - 1 / 64) ** column for column in range(32))
+    assert chosen.tokens_per_forward(32) == pytest.approx(held / 2, rel=0.01)
+    assert chosen.tokens_per_forward(8) > 0.9 * endless[8]
+
+
 def test_a_large_batch_of_dear_rows_soon_decodes_one_token() -> None:
     """From the first forward on, of a machine and a text that nothing is known of: 64 requests,
     whose forwards take what their rows do, half of it beside the model."""
@@ -158,6 +171,18 @@ def test_schedules_that_end_with_a_request_want_more_tokens_a_forward() -> None:
     for _ in range(100):
         chosen.observe_ends(tokens=600, ended=10)
     assert most_common(serve(chosen, 0.9, 64)) > 1
+
+
+def test_no_forward_begins_after_the_time_of_a_schedule() -> None:
+    """What lies between schedules, here 0.2 s, is shared by fewer forwards the longer they take."""
+    for seconds_of_row, seconds in ((0.0, 1e-3), (1e-3, 17e-3)):
+        chosen = chooser(seconds_of_row)
+        chosen.room = 10_000
+        chosen.observe_schedule(1.0, forwards=1, rows=16)
+        unbounded = chosen.speed(16, 1, 16)
+        chosen.max_seconds = 0.01
+        expected = (seconds + 0.2 / (1 + 0.01 / seconds)) / (seconds + 0.2 / 16)
+        assert unbounded / chosen.speed(16, 1, 16) == pytest.approx(expected, rel=0.05)
 
 
 @given(

@@ -9,6 +9,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from tests.conftest import counter
 from vllm_nbdiff.engine import constraints
 from vllm_nbdiff.reference import generate
 
@@ -170,6 +171,22 @@ def test_penalties_are_computed_in_pieces(
     whole = run(served[0], **penalties).token_ids
     monkeypatch.setattr(constraints, "_CHUNK", 1)
     assert run(served[0], **penalties).token_ids == whole != run(served[0]).token_ids
+
+
+def test_a_chosen_width_holds_from_the_first_canvas_on(
+    served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the schedule that it is chosen in: with width 1 nothing is ever drafted."""
+    llm, drafted = served[0], "vllm:diffusion_num_drafted_tokens"
+    text, extra = run(llm, extra_args={"nbdiff_mode": "ar"}).token_ids, {"nbdiff_mode": "auto"}
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    chooser = worker.model_runner.model_state.loop.auto.chooser
+    monkeypatch.setattr(chooser, "choose", lambda *given: LENGTH)
+    before = counter(llm, drafted)
+    assert run(llm, extra_args=extra).token_ids == text and counter(llm, drafted) > before
+    monkeypatch.setattr(chooser, "choose", lambda *given: 1)
+    before = counter(llm, drafted)
+    assert run(llm, extra_args=extra).token_ids == text and counter(llm, drafted) == before
 
 
 def test_a_schedule_ends_in_time(served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
