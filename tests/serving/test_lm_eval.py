@@ -57,7 +57,7 @@ def test_generation(answers: dict[str, Any]) -> None:
 
     with in_process():
         llm = LLM(model=str(MODEL), enforce_eager=True, **ENGINE)
-    params = SamplingParams(temperature=0, max_tokens=64)
+    params = SamplingParams(temperature=0, max_tokens=42)  # as of the task, which cuts long ones
     prompts = [f"<|user|>{problem['question']}<|assistant|>" for problem in PROBLEMS]
     texts = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
     assert [sample["resps"][0][0] for sample in answers["nano_generate"]] == texts
