@@ -189,6 +189,22 @@ def test_a_chosen_width_holds_from_the_first_canvas_on(
     assert run(llm, extra_args=extra).token_ids == text and counter(llm, drafted) == before
 
 
+def test_the_first_forward_of_a_schedule_teaches_what_rows_cost(
+    served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one takes all of a schedule's time there is no other; prompts teach nothing."""
+    llm = served[0]
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    loop, learned = worker.model_runner.model_state.loop, []
+    monkeypatch.setattr(loop, "seconds_per_schedule", 0.0)
+    monkeypatch.setattr(loop.auto.chooser, "choose", lambda *given: 1)
+    monkeypatch.setattr(loop.auto.chooser.cost, "observe", lambda *given: learned.append(given))
+    before = forwards(llm)
+    run(llm, extra_args={"nbdiff_mode": "auto"})
+    assert len(learned) == forwards(llm) - before > 10
+    assert all(rows == 1 and seconds > 0 for rows, seconds in learned)
+
+
 def test_a_schedule_ends_in_time(served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """No forward begins after a schedule's time: then the scheduler sees who came and who left."""
     llm = served[0]

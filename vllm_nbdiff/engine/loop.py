@@ -55,7 +55,7 @@ class ForwardLoop:
 
     def begin(self, schedule: Schedule, paged: PagedBatch) -> dict[str, Any]:
         """Attention metadata of a schedule's first forward, whose rows of logits are set."""
-        self._paged, self._began = paged, perf_counter()
+        self._paged, self._began, self._is_timed = paged, perf_counter(), False
         self.auto.begin_schedule(schedule)
         self.decoder.begin(schedule)
         plan, runner = self.decoder.plan(), paged.input_batch
@@ -79,6 +79,7 @@ class ForwardLoop:
             runner.logits_indices = torch.zeros(0, dtype=torch.int64)
             return paged.of_runner(int(runner.seq_lens.max()))
         self.auto.begin_forward(len(self.forward.input_ids))
+        self._is_timed = not schedule.facts.prefills  # whose rows mostly need no logits
         runner.logits_indices = self._needed_rows(self.forward)
         self._set_adapters(plan, self.forward, runner.logits_indices)
         if schedule.scores_prompt:
@@ -123,8 +124,7 @@ class ForwardLoop:
         decoder, auto = self.decoder, self.auto
         decoder.decide(logits)
         auto.observe_drafts(decoder.read)
-        facts = decoder.schedule.facts
-        if not (facts.static or facts.prefills) and self.forward is not None:
+        if self._is_timed:
             auto.observe_forward(perf_counter() - self._began)
         forwards = 1
         while forwards < self.steps_per_schedule and decoder.goes_on():
@@ -147,6 +147,7 @@ class ForwardLoop:
             auto.observe_forward(perf_counter() - began)
         decoder.end()
         broken = decoder.tally.broken
+        facts = decoder.schedule.facts
         if broken is not None and not facts.static:
             self._paged.heal(broken.nonzero()[:, 0])
         if self.adapters is not None and decoder.schedule.scores_prompt:
