@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.decoding.plans import MASK, plan_of, seen_by_segments
+from tests.decoding.plans import MASK, plan_of, plan_of_batch, seen_by_segments
+from vllm_nbdiff.decoding.canvas import NO_TOKEN, CanvasTable
 from vllm_nbdiff.decoding.decide import Text
 from vllm_nbdiff.decoding.fan_out import drafts, likeliest, survival
 from vllm_nbdiff.engine.lookahead import break_point_room
@@ -19,10 +20,11 @@ from vllm_nbdiff.families.family import NBDIFF, NEMOTRON
     st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=6),
     st.integers(1, 6),
     st.integers(1, 6),
+    st.booleans(),
 )
 @settings(deadline=None)
 def test_break_points_by_how_likely_they_are(
-    confidence: list[float], text: int, count: int
+    confidence: list[float], text: int, count: int, ends: bool
 ) -> None:
     """Against the enumeration of which drafted columns are right."""
     text, count = min(text, len(confidence)), min(count, len(confidence))
@@ -33,8 +35,10 @@ def test_break_points_by_how_likely_they_are(
             weight *= chance if one else 1 - chance
         held = next((m for m, one in enumerate(right) if not one), text - 1)
         chances[held] += weight
-    points, found = likeliest(torch.tensor([confidence]), torch.tensor([text]), count)
-    wanted = sorted(range(text), key=lambda m: (-max(chances[m], 1e-9), m))[:count]
+    breaks = text - ends  # behind a token that ends the request nothing is drafted
+    lengths = torch.tensor([text]), torch.tensor([breaks])
+    points, found = likeliest(torch.tensor([confidence]), *lengths, count)
+    wanted = sorted(range(breaks), key=lambda m: (-max(chances[m], 1e-9), m))[:count]
     assert points[0, : len(wanted)].tolist() == wanted
     expected = [max(chances[m], 1e-9) for m in wanted] + [0.0] * (count - len(wanted))
     assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
@@ -80,6 +84,28 @@ def test_a_canvas_sees_the_text_up_to_its_break_point_and_itself(
         # One that crosses the end of a page may take the room of another one.
         fits = 1 if page_size < length else count // 2
         assert len(existing) >= min(fits, known)
+
+
+@pytest.mark.parametrize("fan_out", [0, 4])
+def test_nothing_behind_the_end_of_a_request_is_verified(fan_out: int) -> None:
+    """Nor drafted: the second column ends the first request, and the third one its text."""
+    table = CanvasTable(4, 4, 16, torch.device("cpu"))
+    table.stops[:, 3] = True
+    own = {
+        "verifies": [True, True, True, False],
+        "fan_out": 3 * [fan_out] + [0],
+        "first_stop": [11, 12, 0, 0],  # the second one goes on, as of `min_tokens`
+        "last_position": [100, 100, 12, 100],  # behind column 1 one token is left
+        "max_steps": [0, 0, 0, 1 << 30],
+    }
+    canvases = [[1, 3, 4, 3], [1, 3, 4, 3], [1, 4, 4, 4], [1, 3, 4, 3]]
+    facts = {"fan_out": fan_out, "denoises": True, "verifies": True}
+    plan = plan_of_batch(table, 4 * [10], canvases, 4 * [NO_TOKEN], 1, 200, facts, own)
+    assert plan.text.tolist() == [2, 4, 3, 4]
+    assert plan.segments.length[:, 0].tolist() == [2, 4, 3, 4]
+    begins = torch.where(plan.canvases.exists, plan.canvases.start, 0)
+    behind = [sorted(set(row) - {0}) for row in begins.tolist()]
+    assert behind == ([[11], [11, 12, 13], [11], []] if fan_out else 4 * [[]])
 
 
 def test_the_draft_behind_the_break_is_the_next_one() -> None:

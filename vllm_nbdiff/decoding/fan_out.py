@@ -53,6 +53,7 @@ def canvases(
     facts: Facts,
     drafting: Tensor,
     text: Tensor,
+    breaks: Tensor,
 ) -> Canvases:
     """Canvases behind break points of the requests that are `drafting` [B] bool.
 
@@ -60,8 +61,9 @@ def canvases(
 
     Args:
         text: [B] int64, columns of the state's canvas that are verified.
+        breaks: [B] int64, columns behind which the text may go on: all but one that ends it.
     """
-    points, chance = likeliest(table.rank[batch.slot], text, facts.fan_out)
+    points, chance = likeliest(table.rank[batch.slot], text, breaks, facts.fan_out)
     order = torch.arange(points.shape[1], device=text.device)
     start = state.start[:, None] + points + 1
     width = width_at(options, start, facts.max_model_len)
@@ -108,7 +110,9 @@ def survival(confidence: Tensor) -> Tensor:
     return sure.cumprod(1)
 
 
-def likeliest(confidence: Tensor, text: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def likeliest(
+    confidence: Tensor, text: Tensor, breaks: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     """The `count` likeliest break points of each text, in order, and how likely they are.
 
     Verification breaks off behind column m if all columns up to it are right and the next is not.
@@ -117,17 +121,18 @@ def likeliest(confidence: Tensor, text: Tensor, count: int) -> tuple[Tensor, Ten
     Args:
         confidence: [B, L] float, probability that a column is right, given those before it.
         text: [B] int64, columns.
+        breaks: [B] int64, of them those that may be break points.
         count: at most L.
 
     Returns:
         [B, count] int64 columns, [B, count] float; 0 where there is none.
     """
-    inside = torch.arange(confidence.shape[1], device=text.device) < text[:, None]
-    reached = torch.where(inside, survival(confidence), 0)
+    columns = torch.arange(confidence.shape[1], device=text.device)
+    reached = torch.where(columns < text[:, None], survival(confidence), 0)
     # Behind the last column nothing can be wrong.
     chance = reached - torch.nn.functional.pad(reached[:, 1:], (0, 1))
     # A break point that is thought impossible still comes before one that does not exist.
-    chance = torch.where(inside, chance.clamp(min=1e-9), 0)
+    chance = torch.where(columns < breaks[:, None], chance.clamp(min=1e-9), 0)
     order = chance.argsort(dim=1, descending=True, stable=True)[:, :count]
     return order, chance.gather(1, order)
 

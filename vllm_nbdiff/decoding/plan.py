@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one forward of a batch does: its segments, and whose rows of logits are needed.
 
-A request takes part with text (prompt tokens, a full canvas that is committed, drafted tokens that
-are verified), with canvases (one to denoise, and versions of it), or both: the commit of a block
-and the first denoise step of the next one, whose seed is guessed or does not exist.
+A request takes part with text (of a prompt, a full canvas that is committed, a draft that is
+verified), with canvases (one to denoise, and versions of it), or both: the commit of a block and
+the first denoise step of the next one, whose seed is guessed or does not exist.
 
 Pure functions on tensors that with static shapes read nothing back. B requests, S segments and C
 canvases of L columns each, K rows that may be needed; what of them is used is a value, not a shape.
@@ -142,6 +142,9 @@ def make_plan(
         drafting = (options.fan_out > 0) & decodes
         text = torch.where(drafting, fan_out.text_of(table, state, options, batch, count), text)
     facts = facts.of_forward(text)
+    breaks = text
+    if facts.verifies and facts.texts:
+        text, breaks = _until_end(table, state, options, batch, text)
     if not facts.looks:
         none = torch.zeros_like(full)
         empty = torch.zeros_like(masked)
@@ -176,7 +179,7 @@ def make_plan(
     canvases = own_canvas(canvas, active, look, start, width, computed)
     canvases = versions.add(table, state, options, batch, facts, canvases)
     if facts.fan_out:
-        own = fan_out.canvases(table, state, options, batch, facts, drafting, text)
+        own = fan_out.canvases(table, state, options, batch, facts, drafting, text, breaks)
         canvases = fan_out.joined(drafting, own, canvases)
     denoised = Denoised(look, ahead, step, quota)
     return _plan_of(state, options, batch, facts, text, canvases, denoised)
@@ -213,15 +216,24 @@ def _plan_verified(
     decodes: Tensor,
     count: Tensor,
 ) -> Plan:
-    """The plan of a batch whose requests all draft for break points.
-
-    Args:
-        decodes: [B] bool, requests whose canvas is scheduled and fits.
-        count: [B, L] int64, masked columns of each canvas up to each.
-    """
+    """The plan of a batch whose requests all draft for break points, those that `decodes` [B] bool
+    says now, with so many masked columns up to each one, `count` [B, L] int64."""
     text = torch.where(decodes, fan_out.text_of(table, state, options, batch, count), 0)
-    canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text)
+    text, breaks = _until_end(table, state, options, batch, text)
+    canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text, breaks)
     return _plan_of(state, options, batch, facts, text, canvases, None)
+
+
+def _until_end(
+    table: CanvasTable, state: Canvas, options: Options, batch: Batch, text: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of `text` [B] columns those up to the first token that ends its request, where text is
+    verified, and behind how many of them the text may go on, [B] int64 each."""
+    positions = state.start[:, None] + table.columns
+    last = table.is_last(batch.slot, options, state.tokens, positions)
+    before = (last.cumsum(1) == 0).sum(1)
+    before = torch.where(options.verifies, torch.minimum(before, text), text)
+    return torch.minimum(before + 1, text), before
 
 
 def fixed_columns(options: Options, start: Tensor) -> Tensor:

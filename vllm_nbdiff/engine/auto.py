@@ -51,7 +51,7 @@ class AutoDrafts:
             CostModel(), options.config.block_length, steps_per_schedule, seconds_per_schedule
         )
         self._drafting = np.zeros(0, np.bool_)
-        self._arriving: list[tuple[torch.cuda.Event, np.ndarray, np.ndarray, Tensor]] = []
+        self._arriving: list[tuple[torch.cuda.Event | None, np.ndarray, np.ndarray, Tensor]] = []
         # Time of the end of the last schedule, with static shapes if it was plain.
         self._ended: float | None = None
         self._rows = 0
@@ -68,9 +68,7 @@ class AutoDrafts:
             self._rows = int(schedule.scheduled.sum())
         if not self._drafting.any():
             return
-        while self._arriving and self._arriving[0][0].query():
-            _, chosen, fans, numbers = self._arriving.pop(0)
-            self._learn(chosen, fans, numbers.numpy())
+        self._learn()
         own = auto & schedule.decodes
         if own.any() and not self.static:
             self.chooser.room = int(schedule.scheduled[own].mean())
@@ -89,21 +87,26 @@ class AutoDrafts:
             self.options.set_limits(slots[drafting & (widths == width)], chance, survival)
 
     def observe_drafts(self, read: tuple[Tensor, ...] | None) -> None:
-        """Learn from verified texts: [B] each, the numbers of `Verified`."""
+        """Learn from verified texts when the next schedule begins: [B] each, the numbers of
+        `Verified`."""
         if read is None or not self._drafting.any():
             return
-        numbers = torch.stack(read)
+        numbers, event = torch.stack(read), None
         if numbers.is_cuda:
             event = torch.cuda.Event()
-            there = numbers.to("cpu", non_blocking=True)
+            numbers = numbers.to("cpu", non_blocking=True)
             event.record()
-            self._arriving.append((event, self._drafting, self._fans, there))
-        else:
-            self._learn(self._drafting, self._fans, numbers.numpy())
+        self._arriving.append((event, self._drafting, self._fans, numbers))
 
-    def _learn(self, chosen: np.ndarray, fans: np.ndarray, numbers: np.ndarray) -> None:
-        chosen = chosen & (numbers[1] > 0)
-        self.chooser.observe(Verified._make((*numbers[:, chosen], fans[chosen].astype(np.int64))))
+    def _learn(self) -> None:
+        """Learn from the texts whose numbers are there."""
+        texts = []
+        while self._arriving and ((event := self._arriving[0][0]) is None or event.query()):
+            _, drafting, fans, there = self._arriving.pop(0)
+            numbers = np.concatenate([there.numpy(), fans[None]])
+            texts.append(numbers[:, drafting & (numbers[1] > 0)])
+        if texts:
+            self.chooser.observe(Verified._make(np.concatenate(texts, axis=1)))
 
     def begin_forward(self, rows: int) -> None:
         """Note the rows of a forward that has rows of its own."""

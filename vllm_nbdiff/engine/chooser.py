@@ -22,6 +22,7 @@ _NEAR = 0.2  # weight of a forward in host time
 _MEMORY = 0.98  # weight of what was known when drafts are verified, or a schedule ends
 # Chance of a column that nothing is known of, and how many tries outweigh that.
 _GUESS, _DOUBT = 0.9, 0.1
+_DOUBT_ROUNDS = 10  # that outweigh what a width gave in place of what was expected of it
 _HYSTERESIS = 1.05
 _PROBE_EVERY, _HOPELESS = 32, 0.25
 
@@ -71,8 +72,12 @@ class DraftChooser:
         self._hits = np.full(max_width + 1, 0.5)
         self._gives = np.zeros(max_width + 1)
         self._rows = np.full(max_width + 1, 1.5)
-        self._seen = np.zeros(max_width + 1, np.int64)
+        self._seen = [0] * (max_width + 1)
         self._rows[1], self._seen[1] = 1, 1
+        # By width, of the last rounds: tokens that they gave, and that were expected of them.
+        self._held, self._expected = [0.0] * (max_width + 1), [0.0] * (max_width + 1)
+        self._columns = np.arange(max_width)
+        self._reached: list[float] | None = None
         self._choices = 0
         self._tokens, self._ends = 0.0, 0.0  # of the last schedules: emitted, requests that ended
         self._between = 0.0  # seconds of a schedule outside of its forwards
@@ -86,28 +91,47 @@ class DraftChooser:
         """Learn from what a schedule emitted, and how many requests ended in it."""
         self._tokens = _MEMORY * self._tokens + tokens
         self._ends = _MEMORY * self._ends + ended
+        self._reached = None
 
     def observe(self, seen: Verified) -> None:
-        """Learn from the texts that were verified in a forward."""
-        for width in np.unique(seen.width[seen.width > 1]).tolist():
-            own = Verified(*(field[seen.width == width] for field in seen))
+        """Learn from texts that were verified in one or several forwards."""
+        drafted = seen.text > 1  # behind a seed alone nothing was drafted before
+        for width in set(seen.width.tolist()) - {1}:
+            own = seen.width == width
             self._seen[width] += 1
-            alike = self._seen == 0
-            alike[width] = True
-            near = max(1 - _MEMORY, 1 / (1 + self._seen[width])) * alike
-            self._rows += near * (own.rows.mean() / width - self._rows)
-            drafted = own.text > 1
-            if drafted.any():  # behind a seed alone nothing was drafted before
-                self._hits += near * (own.hit[drafted].mean() - self._hits)
-                self._gives += near * (own.fan_out[drafted].mean() - self._gives)
-        drafted = (seen.width > 1) & (seen.text > 1)
+            alike = [width, *(other for other in self.widths if not self._seen[other])]
+            near = max(1 - _MEMORY, 1 / (1 + self._seen[width]))
+            # A draft that no forward makes beside a text has one of its own.
+            rows = np.where(seen.fan_out[own], seen.rows[own], (seen.rows[own] + width) / 2)
+            self._rows[alike] += near * (rows.mean() / width - self._rows[alike])
+            own &= drafted
+            if own.any():
+                self._hits[alike] += near * (seen.hit[own].mean() - self._hits[alike])
+                self._gives[alike] += near * (seen.fan_out[own].mean() - self._gives[alike])
+                count, holds = int(own.sum()), int(seen.accepted[own].sum())
+                expected = count * self._whole(width)
+                self._expected[width] = _MEMORY * self._expected[width] + expected
+                self._held[width] = _MEMORY * self._held[width] + holds
+        drafted &= seen.width > 1
         if not drafted.any():
             return
-        columns = np.arange(self.max_width)
         accepted = seen.accepted[drafted, None]
-        tried = columns < np.minimum(accepted + 1, seen.text[drafted, None])
+        tried = self._columns < np.minimum(accepted + 1, seen.text[drafted, None])
         self._tried = _MEMORY * self._tried + tried.sum(0)
-        self._right = _MEMORY * self._right + (tried & (columns < accepted)).sum(0)
+        self._right = _MEMORY * self._right + (tried & (self._columns < accepted)).sum(0)
+        self._reached = None
+
+    def _whole(self, width: int) -> float:
+        """Tokens expected of a round by the columns that hold, the token behind them among them.
+
+        What lies behind the end of a text is of no use.
+        """
+        if self._reached is None:
+            going_on = 1 - min(self._ends / max(self._tokens, 1), 1)
+            right, tried = self._right[1:], self._tried[1:]
+            holds = going_on * (right + _DOUBT * _GUESS) / (tried + _DOUBT)
+            self._reached = [1.0, *(1 + holds.cumprod().cumsum()).tolist()]
+        return self._reached[width - 1]
 
     def tokens_per_forward(self, width: int) -> float:
         """Expected of a request whose drafts have `width` columns.
@@ -117,30 +141,28 @@ class DraftChooser:
         """
         if width == 1:
             return 1.0
-        # Columns that hold in a round, the seed among them, and the token behind them; what lies
-        # behind the end of a text is of no use.
-        right, tried = self._right[1:width], self._tried[1:width]
-        going_on = 1 - min(self._ends / max(self._tokens, 1), 1)
-        holds = going_on * (right + _DOUBT * _GUESS) / (tried + _DOUBT)
-        whole = 1 + float(np.cumprod(holds).sum())
-        missing = 1 - self._hits[width]
+        # Columns are not independent, nor are ends: what rounds gave over what was expected.
+        doubt = _DOUBT_ROUNDS * self._whole(width)
+        whole = self._whole(width) * ((self._held[width] + doubt) / (self._expected[width] + doubt))
+        missing = 1 - float(self._hits[width])
         return (whole + missing * float(self._gives[width])) / (1 + missing)
 
     def speed(self, width: int, num_requests: int, rows: int) -> float:
         """Expected tokens a second of one request of so many, in forwards of `rows` rows."""
-        return self.tokens_per_forward(width) / self._seconds(width, num_requests, rows)
+        tokens = self.tokens_per_forward(width)
+        return tokens / self._seconds(width, tokens, num_requests, rows)
 
-    def _seconds(self, width: int, num_requests: int, rows: int) -> float:
-        """Of a forward of `rows` rows, with its share of what happens between schedules.
+    def _seconds(self, width: int, tokens: float, num_requests: int, rows: int) -> float:
+        """Of a forward of `rows` rows that gives a request so many tokens, with its share of what
+        happens between schedules.
 
         A schedule ends where there is no room for more tokens, with its time, and with a request.
         """
         seconds = self.cost.seconds(rows)
-        tokens = max(self.tokens_per_forward(width), 1)
-        most = max(self.room - width, 0) // tokens + 1
-        ends = num_requests * tokens * self._ends / max(self._tokens, 1)
+        most = max(self.room - width, 0) // max(tokens, 1) + 1
+        ends = num_requests * max(tokens, 1) * self._ends / max(self._tokens, 1)
         in_time = 1 + self.max_seconds / seconds
-        forwards = min(most, in_time, self.max_forwards, 1 / max(-np.expm1(-ends), 1e-9))
+        forwards = min(most, in_time, self.max_forwards, 1 / max(-math.expm1(-ends), 1e-9))
         return seconds + self._between / forwards
 
     def choose(self, num_requests: int, other_rows: int) -> int:
@@ -152,7 +174,7 @@ class DraftChooser:
         """
         self._choices += 1
         rows = {
-            width: round(num_requests * width * self._rows[width]) + other_rows
+            width: round(num_requests * width * float(self._rows[width])) + other_rows
             for width in self.widths
         }
         speed = {width: self.speed(width, num_requests, rows[width]) for width in self.widths}
@@ -178,10 +200,11 @@ class DraftChooser:
         """
         if width == 1:
             return Limits(1.0, 0.0)
-        seconds = self._seconds(width, num_requests, rows)
+        tokens = self.tokens_per_forward(width)
+        seconds = self._seconds(width, tokens, num_requests, rows)
         whole = num_requests * (width - 1)
         more = (self.cost.seconds(rows + whole) - self.cost.seconds(rows)) / seconds
         return Limits(
             chance=more * (2 - float(self._hits[width])),
-            survival=more / (width - 1) * self.tokens_per_forward(width),
+            survival=more / (width - 1) * tokens,
         )

@@ -4,9 +4,12 @@ logits are drawn from, what is done beside it."""
 
 from __future__ import annotations
 
-import numpy as np
+from bisect import bisect_left
+from itertools import accumulate, pairwise
+from math import log
 
-_ROWS = np.array([1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
+# Numbers of Python: every forward asks for a few of them, and reading one of numpy takes longer.
+_ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 # Beyond the counts of rows that were seen, time is taken to grow with rows to this power at least.
 _GROWTH = 0.5
 _NEAR = 0.5  # share of a forward's rows by which it says what that count of `_ROWS` costs
@@ -22,21 +25,25 @@ class CostModel:
     """
 
     def __init__(self) -> None:
-        self._seconds = 1e-3 * _ROWS**_GROWTH
-        self._seen = np.zeros(len(_ROWS))
-        self._known = np.zeros(len(_ROWS), np.bool_)
+        self._seen = [0.0] * len(_ROWS)
+        self._known = [False] * len(_ROWS)
         self.slowness = 1.0
+        self._set([1e-3 * rows**_GROWTH for rows in _ROWS])
+
+    def _set(self, seconds: list[float]) -> None:
+        self._seconds = seconds
+        self._rising = list(accumulate(seconds, max))
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a forward that was run."""
         seconds = max(seconds, 1e-6)  # a clock may stand
-        if not self._seen.any():
-            self._seconds = seconds * (_ROWS / rows) ** _GROWTH
+        if not any(self._seen):
+            self._set([seconds * (count / rows) ** _GROWTH for count in _ROWS])
         error = seconds / self.seconds(rows)
-        above = min(int(np.searchsorted(_ROWS, rows)), len(_ROWS) - 1)
+        above = min(bisect_left(_ROWS, rows), len(_ROWS) - 1)
         below = max(above - 1, 0)
         span = max(_ROWS[above] - _ROWS[below], 1)
-        share = float(np.clip((rows - _ROWS[below]) / span, 0, 1))
+        share = min(max((rows - _ROWS[below]) / span, 0), 1)
         known = min(self._seen[above if share > 0.5 else below], 1 / _SHAPE)
         speed = _SPEED * min(known / 4, 1)
         self.slowness *= error**speed
@@ -48,24 +55,27 @@ class CostModel:
             if weight >= _NEAR and not self._known[place]:
                 self._known[place] = True
                 self._guess_others()
+        self._set(self._seconds)
 
     def _guess_others(self) -> None:
         """What other counts cost by those that are known: a power law between two, which goes on
         behind the last two unless it is flatter than `_GROWTH`, or steeper than rows."""
-        rows = np.log(_ROWS)
-        known, seconds = rows[self._known], np.log(self._seconds[self._known])
-        guess = np.interp(rows, known, seconds)
-        growth = _GROWTH
-        if len(known) > 1:
-            last = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
-            growth = float(np.clip(last, _GROWTH, 1))
-        guess += _GROWTH * np.minimum(rows - known[0], 0) + growth * np.maximum(rows - known[-1], 0)
-        self._seconds = np.where(self._known, self._seconds, np.exp(guess))
+        known = [place for place, known in enumerate(self._known) if known]
+        growths = [
+            log(self._seconds[high] / self._seconds[low]) / log(_ROWS[high] / _ROWS[low])
+            for low, high in pairwise(known)
+        ]
+        behind = min(max(growths[-1], _GROWTH), 1) if growths else _GROWTH
+        growths = [_GROWTH, *growths, behind]
+        for place, rows in enumerate(_ROWS):
+            if not self._known[place]:
+                after = bisect_left(known, place)
+                near = known[max(after - 1, 0)]
+                self._seconds[place] = self._seconds[near] * (rows / _ROWS[near]) ** growths[after]
 
     def seconds(self, rows: int) -> float:
         """A forward of so many rows; more rows never take less."""
-        known = np.maximum.accumulate(self._seconds)
-        if rows <= _ROWS[-1]:
-            return self.slowness * float(np.interp(rows, _ROWS, known))
-        slope = (known[-1] - known[-2]) / (_ROWS[-1] - _ROWS[-2])
-        return self.slowness * float(known[-1] + slope * (rows - _ROWS[-1]))
+        above = min(max(bisect_left(_ROWS, rows), 1), len(_ROWS) - 1)
+        low, high = self._rising[above - 1 : above + 1]
+        first, last = _ROWS[above - 1 : above + 1]
+        return self.slowness * (low + (high - low) * (max(rows, 1) - first) / (last - first))
