@@ -142,6 +142,27 @@ def test_what_lies_behind_the_end_of_a_text_is_of_no_use() -> None:
     assert chosen.tokens_per_forward(8) > 0.9 * endless[8]
 
 
+def test_rounds_that_give_less_than_their_columns_promise() -> None:
+    """Texts of 20 tokens: every second draft of 16 ends with its fourth column, which holds."""
+    chosen = chooser(0.0)
+    for _ in range(600):
+        chosen.observe(seen(16, 16, 16, hit=0, rows=16))
+        chosen.observe(seen(16, 4, 4, hit=0, rows=4))
+        chosen.observe_ends(tokens=20, ended=1)
+    assert chosen.tokens_per_forward(16) == pytest.approx(10 / 2, rel=0.03)
+
+
+def test_rows_of_a_draft_count_beside_those_of_its_text() -> None:
+    """A round of 16 columns whose text has 8 takes 12 rows a forward; one with drafts for break
+    points what its forward had."""
+    chosen = chooser(0.0)
+    for _ in range(600):
+        chosen.observe(seen(16, 8, 8, hit=0, rows=8))
+        chosen.observe(seen(32, 32, 8, hit=0, rows=96, fan_out=1))
+    assert chosen.rows_of(16, 10) == 120
+    assert chosen.rows_of(32, 10) == 960
+
+
 def test_a_large_batch_of_dear_rows_soon_decodes_one_token() -> None:
     """From the first forward on, of a machine and a text that nothing is known of: 64 requests,
     whose forwards take what their rows do, half of it beside the model."""

@@ -165,6 +165,10 @@ class DraftChooser:
         forwards = min(most, in_time, self.max_forwards, 1 / max(-math.expm1(-ends), 1e-9))
         return seconds + self._between / forwards
 
+    def rows_of(self, width: int, num_requests: int) -> int:
+        """Expected of a forward of so many requests whose drafts have `width` columns."""
+        return round(num_requests * width * float(self._rows[width]))
+
     def choose(self, num_requests: int, other_rows: int) -> int:
         """The width of the next canvases.
 
@@ -173,10 +177,7 @@ class DraftChooser:
             other_rows: rows of the other requests in a forward.
         """
         self._choices += 1
-        rows = {
-            width: round(num_requests * width * float(self._rows[width])) + other_rows
-            for width in self.widths
-        }
+        rows = {width: self.rows_of(width, num_requests) + other_rows for width in self.widths}
         speed = {width: self.speed(width, num_requests, rows[width]) for width in self.widths}
         best = max(speed, key=lambda width: speed[width])
         if speed[best] > _HYSTERESIS * speed[self.width]:
