@@ -26,7 +26,7 @@ def start(
     vllm_nbdiff.register()
     monkeypatch.setattr(current_platform, "is_cpu", lambda: cpu)
     checks = ("_refuse_on_cpu", "_keep_float32_on_cpu")
-    for name in (*checks, "_limit_cpu_kv_cache", "_preload_intel_openmp"):
+    for name in (*checks, "_limit_cpu_kv_cache", "set_cpu_environment"):
         monkeypatch.setattr(startup, name, lambda *_: None)
     selected = None if backend is None else AttentionBackendEnum[backend]
     vllm_config = SimpleNamespace(

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.environment import set_cpu_environment
 from vllm_nbdiff.graphs import refuse_graphs, set_capture_sizes
 from vllm_nbdiff.names import ATTENTION_BACKEND, LOGGER, SCHEDULER
 
@@ -181,7 +180,7 @@ def set_platform_defaults(vllm_config: Any, config: BlockDiffusionConfig) -> Non
         _refuse_on_cpu(vllm_config)
         _keep_float32_on_cpu(vllm_config)
         _limit_cpu_kv_cache(vllm_config)
-        _preload_intel_openmp()
+        set_cpu_environment()
         backend = AttentionBackendEnum.CPU_ATTN
     else:
         _refuse_on_cuda(vllm_config, config)
@@ -260,18 +259,6 @@ def _limit_cpu_kv_cache(vllm_config: Any) -> None:
     one_sequence = token_bytes * (model.max_model_len + 256)
     share = get_memory_node_info().available_memory // (4 * parallel.tensor_parallel_size)
     cache.kv_cache_memory_bytes = max(one_sequence, min(4 << 30, share))
-
-
-def _preload_intel_openmp() -> None:
-    """Have the workers run on Intel's OpenMP runtime, which the CPU wheel brings along.
-
-    vLLM preloads torch's libgomp unless an OpenMP runtime is preloaded already; Intel's is faster
-    and vLLM's documentation recommends it.
-    """
-    preloaded = os.environ.get("LD_PRELOAD", "")
-    library = os.path.join(sys.prefix, "lib", "libiomp5.so")
-    if os.path.exists(library) and not re.search("libi?omp|libgomp", preloaded):
-        os.environ["LD_PRELOAD"] = f"{preloaded}:{library}" if preloaded else library
 
 
 def _select_cuda_attention(vllm_config: Any) -> None:

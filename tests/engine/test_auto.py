@@ -183,6 +183,20 @@ def test_a_large_batch_of_dear_rows_soon_decodes_one_token() -> None:
     assert most_common(widths[12:]) == 1
 
 
+def test_what_forwards_cost_is_soon_tried() -> None:
+    """Of four requests rows cost what they take, but the first ones hardly: nothing that is seen
+    with wide drafts says so. Each count of rows is tried once."""
+    chosen = DraftChooser(CostModel(), max_width=32, max_forwards=16)
+    widths = []
+    for _ in range(30):
+        width = chosen.choose(4, other_rows=0)
+        widths.append(width)
+        if width > 1:
+            chosen.observe(seen(width, width, max(width - 4, 1), hit=0, rows=width))
+        chosen.cost.observe(4 * width, max(60e-3, 11e-3 * 4 * width))
+    assert widths[8:] == 22 * [1]
+
+
 def test_schedules_that_end_with_a_request_want_more_tokens_a_forward() -> None:
     """Where one of 64 ends in nearly every forward, what happens between schedules counts."""
     chosen = chooser(2e-5)

@@ -79,6 +79,7 @@ class DraftChooser:
         self._columns = np.arange(max_width)
         self._reached: list[float] | None = None
         self._choices = 0
+        self._probed: set[int | None] = {None}  # counts of rows that were unknown
         self._tokens, self._ends = 0.0, 0.0  # of the last schedules: emitted, requests that ended
         self._between = 0.0  # seconds of a schedule outside of its forwards
 
@@ -182,13 +183,24 @@ class DraftChooser:
         best = max(speed, key=lambda width: speed[width])
         if speed[best] > _HYSTERESIS * speed[self.width]:
             self.width = best
+        return self._probe(rows, speed) or self.width
+
+    def _probe(self, rows: dict[int, int], speed: dict[int, float]) -> int | None:
+        """A width to try: what is never tried is never known to have become better."""
+        hopeful = [w for w in self.widths if speed[w] > _HOPELESS * speed[self.width]]
         turn, rest = divmod(self._choices, _PROBE_EVERY)
         if rest:
-            return self.width
-        # What is never tried is never known to have become better; by turns the two next to it.
+            # What forwards of so many rows cost is only guessed: one of each is seen soon.
+            unknown = {w: self.cost.unknown(rows[w]) for w in hopeful}
+            new = [w for w, count in unknown.items() if count not in self._probed]
+            if self._choices % 2 or not new:
+                return None
+            self._probed.add(unknown[new[0]])
+            return new[0]
+        # By turns the two next to it.
         beside = self.widths.index(self.width) + (1 if turn % 2 else -1)
         probe = self.widths[min(max(beside, 0), len(self.widths) - 1)]
-        return probe if speed[probe] > _HOPELESS * speed[self.width] else self.width
+        return probe if probe in hopeful else None
 
     def limits(self, width: int, num_requests: int, rows: int) -> Limits:
         """What is worth its rows where all `num_requests` requests take as much.

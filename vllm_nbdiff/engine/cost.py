@@ -73,6 +73,12 @@ class CostModel:
                 near = known[max(after - 1, 0)]
                 self._seconds[place] = self._seconds[near] * (rows / _ROWS[near]) ** growths[after]
 
+    def unknown(self, rows: int) -> int | None:
+        """The count of `_ROWS` next to `rows`, unless forwards of that many were seen."""
+        above = min(bisect_left(_ROWS, rows), len(_ROWS) - 1)
+        near = min(max(above - 1, 0), above, key=lambda place: abs(_ROWS[place] - rows))
+        return None if self._known[near] else _ROWS[near]
+
     def seconds(self, rows: int) -> float:
         """A forward of so many rows; more rows never take less."""
         above = min(max(bisect_left(_ROWS, rows), 1), len(_ROWS) - 1)

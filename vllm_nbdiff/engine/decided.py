@@ -44,8 +44,10 @@ class NBDiffSampler:
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Decide the forward, given the logits [n, V] of its needed rows, and run what follows."""
         if input_batch.num_draft_tokens_per_req is None:  # a dummy batch
-            # It has a row for each request, and its peak is what the KV cache leaves free.
-            logits.new_empty((self.most_rows, logits.shape[1]))
+            # It has a row for each request, and its peak is what the KV cache leaves free: logits,
+            # and the copy of rows whose tokens are constrained.
+            shape = self.most_rows, logits.shape[1]
+            _ = logits.new_empty(shape), logits.new_empty(shape, dtype=torch.float32)
             none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=logits.device)
             return SamplerOutput(none[:, None].long(), None, None, none, none)
         decoder = self.loop.decoder

@@ -18,6 +18,8 @@ BLOCKS_PER_SCHEDULE = 2
 """Most that a request may emit in a schedule, in blocks of the model."""
 # Reading the weights of a large model takes a GPU as long as computing so many rows.
 _FREE_ROWS = 256
+# Memory for rows of logits that drafts may take where a block of every sequence takes less.
+_DRAFTED_LOGITS = 2048
 
 
 def row_limit(vllm_config: VllmConfig, config: BlockDiffusionConfig) -> int:
@@ -28,6 +30,14 @@ def row_limit(vllm_config: VllmConfig, config: BlockDiffusionConfig) -> int:
         # There rows are scheduled tokens.
         limits.append(scheduler.long_prefill_token_threshold)
     return min(limit for limit in limits if limit)
+
+
+def logit_rows(vllm_config: VllmConfig, config: BlockDiffusionConfig) -> int:
+    """Most rows of logits of a forward with static shapes: of every sequence a block and a guessed
+    seed, or what drafts of fewer take."""
+    scheduler = vllm_config.scheduler_config
+    blocks = scheduler.max_num_seqs * (config.block_length + 1)
+    return max(blocks, min(scheduler.max_num_batched_tokens, _DRAFTED_LOGITS))
 
 
 class Share(NamedTuple):

@@ -34,7 +34,7 @@ from vllm_nbdiff.engine.grammars import GrammarTable
 from vllm_nbdiff.engine.graph_segments import GraphBuffers
 from vllm_nbdiff.engine.kv_copies import KVCopies
 from vllm_nbdiff.engine.logprobs import LogprobTable
-from vllm_nbdiff.engine.lookahead import lookahead_tokens, row_limit
+from vllm_nbdiff.engine.lookahead import logit_rows, lookahead_tokens, row_limit
 from vllm_nbdiff.engine.loop import ForwardLoop
 from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine.ranks import alone, of_first_rank
@@ -98,13 +98,14 @@ class NBDiffModelState(ModelState):
         self.constraints = ConstraintTable(
             slots, config.vocab_size, states.all_token_ids.gpu, config.end_think_token_id
         )
+        most_rows = logit_rows(self.vllm_config, config) if config.static_shapes else 0
         self.reader = ScheduleReader(
             self.options,
             self.table,
             self.constraints.text,
             self._lookahead,
             config.static_shapes,
-            scheduler.max_num_batched_tokens,
+            most_rows or scheduler.max_num_batched_tokens,
             self.device,
         )
         self.logprobs = LogprobTable(
@@ -129,7 +130,6 @@ class NBDiffModelState(ModelState):
         auto = AutoDrafts(self.options, steps, seconds, config.static_shapes, agree)
         self.adapters = self._make_adapters(slots)
         self.loop = ForwardLoop(self._model, decoder, auto, steps, seconds, self.adapters)
-        most_rows = slots * config.most_rows if config.static_shapes else 0
         return NBDiffSampler(self.loop, sampler.compute_nans, most_rows), None
 
     def _make_adapters(self, slots: int) -> AdapterTable | None:

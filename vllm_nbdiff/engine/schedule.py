@@ -48,7 +48,7 @@ class ScheduleReader:
         text: [slots, T] int32 on the model's device, tokens of every request.
         lookahead: [slots] int64, tokens behind the scheduled ones that have pages.
         static: a forward has exactly the rows that are scheduled.
-        max_rows: rows that a forward may have.
+        max_rows: rows that a forward may have, with static shapes rows of logits.
         device: of the model.
     """
 
