@@ -17,26 +17,29 @@ from vllm_nbdiff.engine.decided import NBDiffSampler
 ROWS = 256
 
 
-class Largest(TorchFunctionMode):
-    """Notes the largest tensor that is made."""
+class Made(TorchFunctionMode):
+    """Counts the bytes of what is made."""
 
-    numel = 0
+    nbytes = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         if isinstance(made, torch.Tensor):
-            self.numel = max(self.numel, made.numel())
+            self.nbytes += made.nbytes
         return made
 
 
 def test_logits_of_every_canvas_are_profiled() -> None:
-    """The dummy batch has a row of logits for each request, a step a block of them."""
+    """The dummy batch has a row of logits for each request, a step a block of them, and a float32
+    copy of those whose tokens are constrained."""
     dummy: Any = SimpleNamespace(num_draft_tokens_per_req=None, num_reqs=3)
     loop: Any = None
+    logits = torch.zeros(3, 50, dtype=torch.bfloat16)
     for rows in (0, 96):
-        with Largest() as largest:
-            output = NBDiffSampler(loop, False, rows)(torch.zeros(3, 50), dummy)
-        assert largest.numel == max(rows, 3) * 50
+        with Made() as made:
+            output = NBDiffSampler(loop, False, rows)(logits, dummy)
+        tokens = 3 * (4 + 4 + 8)
+        assert made.nbytes == rows * 50 * (2 + 4) + tokens
         assert output.sampled_token_ids.shape == (3, 1)
 
 
@@ -70,6 +73,7 @@ def test_one_request_does_not_pad_all_others(static: Any, extra: dict[str, Any])
         patch.setattr(model, "compute_logits", counted)
         static.generate(prompts, params, use_tqdm=False)
     assert 0 < max(counts) <= ROWS + 16  # a guessed seed each
+    assert max(counts) <= worker.model_runner.sampler.most_rows
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ def row_limit(vllm_config: VllmConfig, config: BlockDiffusionConfig) -> int:
 
 
 def logit_rows(vllm_config: VllmConfig, config: BlockDiffusionConfig) -> int:
-    """Most rows of logits of a forward with static shapes: of every sequence a block and a guessed
-    seed, or what drafts of fewer take."""
+    """Most rows of logits of a forward with static shapes, but for guessed seeds: a block of every
+    sequence and what follows it, or what drafts of fewer take."""
     scheduler = vllm_config.scheduler_config
     blocks = scheduler.max_num_seqs * (config.block_length + 1)
     return max(blocks, min(scheduler.max_num_batched_tokens, _DRAFTED_LOGITS))

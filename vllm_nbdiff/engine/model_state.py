@@ -130,7 +130,8 @@ class NBDiffModelState(ModelState):
         auto = AutoDrafts(self.options, steps, seconds, config.static_shapes, agree)
         self.adapters = self._make_adapters(slots)
         self.loop = ForwardLoop(self._model, decoder, auto, steps, seconds, self.adapters)
-        return NBDiffSampler(self.loop, sampler.compute_nans, most_rows), None
+        profiled = most_rows and most_rows + slots  # a guessed seed each
+        return NBDiffSampler(self.loop, sampler.compute_nans, profiled), None
 
     def _make_adapters(self, slots: int) -> AdapterTable | None:
         """Where the server has LoRA adapters."""
