@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_nbdiff.decoding.bad_words import group_words
+from vllm_nbdiff.decoding.bad_words import BadWords, group_words
 from vllm_nbdiff.decoding.constraints import Constraints, Context, Penalties, Thinking, penalize
 
-CPU, VOCAB, MASK = torch.device("cpu"), 10, 0
+VOCAB, MASK = 10, 0
 # Prompt 3 4, committed 5 5, canvas 6 _ 5 _, then what the runner left behind.
 TEXT = torch.tensor([3, 4, 5, 5, 9, 9])
 CANVAS = torch.tensor([6, MASK, 5, MASK])
@@ -152,6 +152,10 @@ WORDS = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1
 LINES = st.lists(st.sampled_from([1, 2, 3, 4, MASK, MASK]), min_size=1, max_size=7)
 
 
+def grouped(words: list[list[int]]) -> list[BadWords]:
+    return [BadWords(torch.tensor(group)) for group in group_words(words)]
+
+
 @given(WORDS, st.lists(st.integers(1, 4), min_size=1, max_size=6), LINES)
 @settings(deadline=None)
 def test_bad_words_from_both_sides(
@@ -162,7 +166,7 @@ def test_bad_words_from_both_sides(
         where, end = torch.tensor([canvas]), torch.tensor([len(text)])
         logits = torch.zeros(1, VOCAB)
         position = len(text) + column
-        for bad in group_words(words, CPU):
+        for bad in grouped(words):
             around = bad.line(end, where, where != MASK, torch.tensor([text]))
             bad.ban(logits, around, torch.tensor([position]))
         assert set(logits[0].isneginf().nonzero()[:, 0].tolist()) == completing(
@@ -187,7 +191,7 @@ def test_no_word_is_filled_at_once(
     rank = torch.tensor([data.draw(st.integers(0, 3)) / 4 for _ in canvas])
     before = torch.tensor(canvas)
     kept = accepted
-    for bad in group_words(words, CPU):
+    for bad in grouped(words):
         kept = bad.undo(
             kept,
             before != MASK,

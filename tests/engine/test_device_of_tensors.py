@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every tensor of a step is on the model's device, and no value of it is read.
+"""Every tensor of a step is on the model's device, and no value of it is read or waited for.
 
 The device is PyTorch's `meta`, whose tensors have no values and do not mix with those of a CPU.
 """
@@ -13,6 +13,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.conftest import options
+from tests.engine.no_waiting import NoSynchronisation
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.decoding.canvas import CanvasTable
 from vllm_nbdiff.decoding.rows import token_rows
@@ -22,6 +23,7 @@ from vllm_nbdiff.engine.constraints import ConstraintTable
 from vllm_nbdiff.engine.decoder import Decoder
 from vllm_nbdiff.engine.grammars import GrammarTable
 from vllm_nbdiff.engine.logprobs import LogprobTable
+from vllm_nbdiff.engine.model_state import NBDiffModelState
 from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine.sampler import RowSampler
 from vllm_nbdiff.engine.schedule import ScheduleReader
@@ -37,7 +39,7 @@ KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (options(fused_commit=1), {}),
     (options(block_cache=1, small_blocks=2), {"allowed_token_ids": [1, 2], "logit_bias": {1: 2}}),
     (options(algorithm="freedave"), {"repetition_penalty": 1.3}),
-    (options(algorithm="entropy_bound"), {"bad_words": ["x"]}),
+    (options(algorithm="entropy_bound"), {"bad_words": [[3], [4, 5]]}),
 ]
 
 
@@ -47,7 +49,7 @@ def draw_rows(logits: torch.Tensor, *_: Any) -> Drawn:
     return Drawn(real.long(), real, real)
 
 
-def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arrival_and_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "draw_rows", draw_rows)
     device = torch.device("meta")
     config = BlockDiffusionConfig(
@@ -60,20 +62,47 @@ def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         engine=EngineOptions(static_shapes=True),
     )
     count = len(KINDS) + 1  # the last one computes a prompt
-    table = CanvasTable(count, LENGTH, VOCAB, device)
-    option_table = OptionTable(config, count, 256, 512, 0, device)
     text = torch.zeros(count, 256, dtype=torch.int32, device=device)
-    constraints = ConstraintTable(count, VOCAB, text)
-    for slot, (extra, arguments) in enumerate([*KINDS, ({}, {})]):
-        words = (arguments := dict(arguments)).pop("bad_words", None)
-        params = SamplingParams(max_tokens=50, extra_args=extra, **{"temperature": 0, **arguments})
-        if words:
-            params._bad_words_token_ids = [[3], [4, 5]]
-        constrained = constraints.add_request(slot, params, 20)
-        option_table.add_request(slot, params, 20, constrained)
-        table.set_stops(slot, torch.tensor([3, 40]))
-    option_table.upload()
+    no_config: Any = None  # no request has a grammar
+    state: Any = object.__new__(NBDiffModelState)
+    state.config, state.device, state.adapters = config, device, None
+    state._slot_of, state._page_size, state._row_limit = {}, 16, 512
+    state._lookahead = np.zeros(count + 1, np.int64)
+    state.table = table = CanvasTable(count, LENGTH, VOCAB, device)
+    state.options = OptionTable(config, count, 256, 512, 0, device)
+    state.constraints = ConstraintTable(count, VOCAB, text)
+    state.grammars = GrammarTable(no_config, count, text, VOCAB - 1)
+    state.logprobs = logprobs = LogprobTable(count, LENGTH, VOCAB, "raw_logprobs", device)
+    state.steps = steps = StepTable(count, LENGTH, device)
+    state.reader = ScheduleReader(state.options, table, text, state._lookahead, True, 512, device)
+    rows_of_logits = RowSampler(state.constraints, state.grammars, logprobs, VOCAB - 1)
+    decoder = Decoder(table, state.options, rows_of_logits, steps)
+    with NoSynchronisation():
+        for slot, (extra, arguments) in enumerate([*KINDS, ({}, {})]):
+            state.add_request(slot, arriving(slot, extra, dict(arguments)))
+        results = step(state, decoder, count)
+    tensors = (*results, table.tokens, table.fields, table.stops)
+    assert all(tensor.device == device for tensor in tensors)
 
+
+def arriving(slot: int, extra: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    """A request as the runner hands it over."""
+    words = arguments.pop("bad_words", None)
+    arguments = {"temperature": 0, "max_tokens": 50, "stop_token_ids": [3, 40], **arguments}
+    if slot % 2 == 0:
+        arguments["logprobs"] = slot
+    if slot % 3 == 0:
+        extra = extra | options(step_map=1)
+    params = SamplingParams(extra_args=extra, **arguments)
+    params._eos_token_id, params._bad_words_token_ids = 2, words
+    request = {"req_id": str(slot), "prompt_len": 20, "prompt_token_ids": [5] * 20}
+    return SimpleNamespace(sampling_params=params, lora_request=None, **request)
+
+
+def step(state: Any, decoder: Decoder, count: int) -> list[torch.Tensor]:
+    """One step of the requests that have arrived; tensors of all kinds that it gives."""
+    device = state.device
+    state.options.upload()
     rows = np.full(count, 3 * LENGTH)
     runner: Any = SimpleNamespace(
         num_reqs=count,
@@ -84,19 +113,7 @@ def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         prefill_len_np=np.full(count, 20),
         num_computed_tokens_np=np.full(count, 20),
     )
-    lookahead = np.zeros(count + 1, np.int64)
-    reader = ScheduleReader(option_table, table, text, lookahead, True, 512, device)
-    schedule = reader.read(runner, 16)
-    no_config: Any = None  # no request has a grammar
-    grammars = GrammarTable(no_config, count, text, VOCAB - 1)
-    logprobs = LogprobTable(count, LENGTH, VOCAB, "raw_logprobs", device)
-    for slot in range(0, count, 2):
-        logprobs.add_request(slot, slot)
-    steps = StepTable(count, LENGTH, device)
-    for slot in range(count):
-        steps.add_request(slot, slot % 3 == 0)
-    rows_of_logits = RowSampler(constraints, grammars, logprobs, VOCAB - 1)
-    decoder = Decoder(table, option_table, rows_of_logits, steps)
+    schedule = state.reader.read(runner, 16)
     decoder.begin(schedule)
     plan = decoder.plan()
     starts = torch.arange(count + 1, device=device, dtype=torch.int32) * 3 * LENGTH
@@ -108,9 +125,9 @@ def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder.decide(torch.zeros(len(needed), VOCAB, dtype=torch.bfloat16, device=device))
     decoder.end()
     counts = decoder.tally.columns(schedule.batch.decodes)
-    scores = logprobs.collect(decoder.emitted.tokens)
+    scores = state.logprobs.collect(decoder.emitted.tokens)
     assert scores is not None
-    step_maps = steps.collect(decoder.emitted.tokens.shape[1])
-    assert step_maps is not None and step_maps.steps.device == device
-    results = (ids, needed, decoder.emitted.tokens, decoder.emitted.count, counts, scores.logprobs)
-    assert all(tensor.device == device for tensor in (*results, table.tokens, table.fields))
+    maps = state.steps.collect(decoder.emitted.tokens.shape[1])
+    assert maps is not None
+    emitted = decoder.emitted
+    return [ids, needed, emitted.tokens, emitted.count, counts, scores.logprobs, maps.steps]

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from vllm import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from tests.conftest import counter, options, tokens_of
+from tests.engine.no_waiting import NoSynchronisation
 from tests.engine.test_golden import request_of
 from vllm_nbdiff.engine import sampler
 from vllm_nbdiff.engine.loop import ForwardLoop
+from vllm_nbdiff.engine.model_state import NBDiffModelState
 
 ENGINES: dict[str, dict[str, Any]] = {
     "8-chunked-cached": {"block_length": 8, "max_num_batched_tokens": 64},
@@ -91,6 +93,7 @@ def every_request() -> list[tuple[dict[str, Any], SamplingParams]]:
         (options(), {"allowed_token_ids": list(range(40, 90))}),
         (options(), sampled | {"min_tokens": 12, "stop_token_ids": list(range(200))}),
         (options(mode="ar"), {"stop_token_ids": list(range(100))}),
+        (options(), {"ignore_eos": False, "min_tokens": 3}),
         (options(fused_commit=1), {}),
         (options(fused_commit=1, threshold=0.02), {"temperature": 0.4, "seed": 9}),
         (options(block_cache=1, small_blocks=2), {}),
@@ -158,48 +161,43 @@ def test_text_ends_at_the_models_length(pair: Any) -> None:
             assert here == there and len(here[0]) == room
 
 
-class NoSynchronisation(TorchFunctionMode):
-    """Raises where the host would wait for the device: a value or a shape that only it knows."""
-
-    WAITS = (
-        *("cpu", "item", "tolist", "numpy", "nonzero", "unique", "masked_select", "argwhere"),
-        *("is_nonzero", "equal", "allclose", "__bool__", "__int__", "__float__", "__index__"),
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        assert name not in self.WAITS, f"{name} waits for the device"
-        if name in ("__getitem__", "__setitem__"):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            flags = [i for i in index if isinstance(i, torch.Tensor) and i.dtype == torch.bool]
-            assert not flags, "an index of flags has a shape that only the device knows"
-        if name == "repeat_interleave":
-            assert "output_size" in kwargs, "repeat_interleave asks the device for its size"
-        return func(*args, **kwargs)
+@pytest.mark.parametrize(
+    ("waits", "why"),
+    [
+        (lambda ones, _: ones.sum().item(), "item waits"),
+        (lambda ones, _: ones[ones > 0], "flags"),
+        (lambda ones, _: torch.tensor([0], device=ones.device), "tensor copies"),
+        (lambda ones, _: torch.ones(1).to(ones.device), "to copies"),
+        (lambda ones, _: ones[[0, 1]], "index of the host"),
+        (lambda ones, places: ones.__setitem__(places, 0), "number"),
+    ],
+)
+def test_what_waits_for_the_device(waits: Callable[..., Any], why: str) -> None:
+    ones, places = torch.ones(3), torch.arange(2)
+    with pytest.raises(AssertionError, match=why), NoSynchronisation():
+        waits(ones, places)
+    with NoSynchronisation():
+        ones[places] = ones[async_tensor_h2d([1, 2], device=ones.device)].float()
 
 
 def test_no_step_waits_for_the_device(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of any request: prompts, denoise steps, commits and verification."""
+    """Of any request: its arrival, prompts, denoise steps, commits and verification."""
     static, _ = pair
-    with pytest.raises(AssertionError, match="item waits"), NoSynchronisation():
-        torch.ones(1).item()
-    with pytest.raises(AssertionError, match="flags"), NoSynchronisation():
-        torch.ones(3)[torch.ones(3) > 0]
-    calls = {"begin": 0, "run": 0}
+    calls = {"add_request": 0, "prepare_attn": 0, "run": 0}
 
-    def guarded(name: str) -> Any:
-        original = getattr(ForwardLoop, name)
+    def guarded(owner: type, name: str) -> None:
+        original = getattr(owner, name)
 
-        def call(self: Any, *args: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
             with NoSynchronisation():
-                return original(self, *args)
+                return original(self, *args, **kwargs)
 
-        return call
+        monkeypatch.setattr(owner, name, call)
 
-    for name in calls:
-        monkeypatch.setattr(ForwardLoop, name, guarded(name))
+    guarded(NBDiffModelState, "add_request")
+    guarded(NBDiffModelState, "prepare_attn")
+    guarded(ForwardLoop, "run")
     draw_rows = sampler.draw_rows
 
     def unguarded(*args: Any, **kwargs: Any) -> Any:
@@ -211,4 +209,5 @@ def test_no_step_waits_for_the_device(pair: Any, monkeypatch: pytest.MonkeyPatch
     # What `auto` learns is read as it arrives, which on a CPU is at once.
     requests = [r for r in every_request() if r[1].extra_args.get("nbdiff_mode") != "auto"]
     generate(static, requests)
-    assert calls["begin"] == calls["run"] > 3
+    assert calls["prepare_attn"] == calls["run"] > 3
+    assert calls["add_request"] >= len(requests)

@@ -7,11 +7,13 @@ positions behind it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vllm_nbdiff.decoding.canvas import NO_TOKEN
 
 
 class Line(NamedTuple):
@@ -22,29 +24,34 @@ class Line(NamedTuple):
     first: Tensor  # [n] int64, absolute position of the first one
 
 
-def group_words(words: Sequence[Sequence[int]], device: torch.device) -> list[BadWords]:
-    """Words of like lengths together, so that none costs what a longer one does."""
+def group_words(words: Iterable[Sequence[int]]) -> list[list[list[int]]]:
+    """Words of like lengths together, so that none costs what a longer one does.
+
+    Args:
+        words: token ids of each, none empty.
+
+    Returns:
+        what `BadWords` takes, for each group.
+    """
     groups: dict[int, list[Sequence[int]]] = {}
     for word in words:
         groups.setdefault((len(word) - 1).bit_length(), []).append(word)
-    return [BadWords(group, device) for group in groups.values()]
+    return [_padded(group) for group in groups.values()]
+
+
+def _padded(words: list[Sequence[int]]) -> list[list[int]]:
+    longest = max(map(len, words))
+    return [[*word, *[NO_TOKEN] * (longest - len(word))] for word in words]
 
 
 class BadWords:
     """W words of one request, of at most M tokens."""
 
-    def __init__(self, words: Sequence[Sequence[int]], device: torch.device) -> None:
-        """
-        Args:
-            words: token ids of each, at least one word, none empty.
-            device: of the model.
-        """
-        longest = max(len(word) for word in words)
-        padded = [[*word, *[0] * (longest - len(word))] for word in words]
-        self.words = torch.tensor(padded, dtype=torch.int64, device=device)
-        lengths = torch.tensor([len(word) for word in words], device=device)
-        self.places = torch.arange(longest, device=device)
-        self.beyond = self.places >= lengths[:, None]  # [W, M]
+    def __init__(self, words: Tensor) -> None:
+        """With `words` [W, M] int64 on the model's device, NO_TOKEN behind the shorter ones."""
+        self.words = words.clamp(min=0)
+        self.beyond = words == NO_TOKEN  # [W, M]
+        self.places = torch.arange(words.shape[1], device=words.device)
 
     def line(self, text_end: Tensor, canvas: Tensor, known: Tensor, text: Tensor) -> Line:
         """The lines of n rows, of M - 1 + L + M positions.
@@ -118,5 +125,5 @@ class BadWords:
         least = columns.expand_as(confidence).gather(2, confidence.argmin(2, keepdim=True))[..., 0]
         drop = formed & fresh.any(2)
         dropped = torch.zeros(length + 1, dtype=torch.bool, device=canvas.device)
-        dropped[torch.where(drop, least, length).flatten()] = True
+        dropped.index_fill_(0, torch.where(drop, least, length).flatten(), True)
         return accepted & ~dropped[:length]

@@ -100,10 +100,9 @@ class CanvasTable:
         self.fields[slot] = torch.stack(canvas[1:], dim=1)
 
     def set_stops(self, slot: int, token_ids: Tensor) -> None:
-        """Let `token_ids` [n] int64 end the request in `slot`."""
-        row = self.stops[slot]
-        row.zero_()
-        row[token_ids.to(row.device)] = True
+        """Let `token_ids` [n] int64 on the table's device end the request in `slot`."""
+        # A number assigned by index would be copied to a GPU, which waits.
+        self.stops[slot].zero_().index_fill_(0, token_ids, True)
 
     def is_last(self, slot: Tensor, options: Options, tokens: Tensor, positions: Tensor) -> Tensor:
         """Whether `tokens` at `positions`, [B, n] int64 each, end their requests."""

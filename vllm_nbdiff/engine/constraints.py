@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_nbdiff.compat import begins_by_thinking
-from vllm_nbdiff.decoding.bad_words import group_words
+from vllm_nbdiff.decoding.bad_words import BadWords, group_words
 from vllm_nbdiff.decoding.canvas import Canvas
 from vllm_nbdiff.decoding.constraints import (
     Constraints,
@@ -65,30 +66,33 @@ class ConstraintTable:
         self._by_slot.pop(slot, None)
 
     def _from_params(self, params: SamplingParams, prompt_length: int) -> Constraints:
-        device = self.text.device
-        bias, stop = params.logit_bias, sorted(params.all_stop_token_ids)
+        bias, stop = params.logit_bias, params.all_stop_token_ids
         allowed = None
         if params.allowed_token_ids:
-            allowed = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
-            allowed[torch.tensor(params.allowed_token_ids, device=device)] = True
-        words = params.bad_words_token_ids
+            allowed = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.text.device)
+            allowed.index_fill_(0, self._on_device(params.allowed_token_ids), True)
+        words = group_words(params.bad_words_token_ids or ())
         return Constraints(
             prompt_length=prompt_length,
             allowed=allowed,
             bias=(
-                torch.tensor([int(token) for token in bias], device=device),
-                torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
+                self._on_device(int(token) for token in bias),
+                self._on_device(bias.values(), torch.float32),
             )
             if bias
             else None,
             min_tokens=params.min_tokens,
-            stop_ids=torch.tensor(stop, device=device) if params.min_tokens and stop else None,
+            stop_ids=self._on_device(sorted(stop)) if params.min_tokens and stop else None,
             repetition=params.repetition_penalty,
             frequency=params.frequency_penalty,
             presence=params.presence_penalty,
-            bad_words=group_words(words or [], device),
+            bad_words=[BadWords(self._on_device(group)) for group in words],
             thinking=self._thinking(params),
         )
+
+    def _on_device(self, numbers: Iterable[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Numbers of the host, which does not wait for the copy."""
+        return async_tensor_h2d(list(numbers), dtype=dtype, device=self.text.device)
 
     def _thinking(self, params: SamplingParams) -> Thinking | None:
         budget, has_grammar = params.thinking_token_budget, params.structured_outputs is not None

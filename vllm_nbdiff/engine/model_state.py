@@ -12,6 +12,7 @@ import torch.nn as nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -167,7 +168,8 @@ class NBDiffModelState(ModelState):
         stops = set(params.stop_token_ids or ())
         if params.eos_token_id is not None:
             stops.add(params.eos_token_id)
-        self.table.set_stops(req_index, torch.tensor(sorted(stops), dtype=torch.int64))
+        own = async_tensor_h2d(sorted(stops), dtype=torch.int64, device=self.device)
+        self.table.set_stops(req_index, own)
         self._lookahead[req_index] = lookahead_tokens(
             options, self.config, self._page_size, self._row_limit
         )
