@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,27 @@ MODES: dict[str, dict[str, Any]] = {
     "freedave": {"nbdiff_algorithm": "freedave"},
     "short": {"nbdiff_block_length": 8, "nbdiff_small_blocks": 1},
     "penalty": {},
+    "constraints": {},
+    "constrained verify": {"nbdiff_mode": "verify"},
     "verify": {"nbdiff_mode": "verify"},
     "ar": {"nbdiff_mode": "ar"},
     "auto": {"nbdiff_mode": "auto"},
 }
-SAMPLING: dict[str, dict[str, Any]] = {"penalty": {"repetition_penalty": 1.2}}
+# What a device is given of a request that arrives, and texts that end by themselves.
+CONSTRAINTS: dict[str, Any] = {
+    "allowed_token_ids": [1, *range(16, 500)],
+    "bad_words": ["13", "+ 8"],
+    "frequency_penalty": 0.1,
+    "ignore_eos": False,
+    "logit_bias": {1: 0.5, 296: -2.0},
+    "min_tokens": 4,
+    "stop_token_ids": [282, 331],
+}
+SAMPLING: dict[str, dict[str, Any]] = {
+    "penalty": {"repetition_penalty": 1.2},
+    "constraints": CONSTRAINTS,
+    "constrained verify": CONSTRAINTS,
+}
 
 
 @dataclass(frozen=True)
@@ -73,8 +89,8 @@ def main() -> None:
     ]
     rows: dict[str, list[Any]] = {}
     for mode, options in MODES.items():
-        empty = Case(mode, (), (0,) * MAX_TOKENS, options, SAMPLING.get(mode, {}))
-        cases = [replace(empty, prompt=tuple(prompt)) for prompt in prompts]
+        sampling = SAMPLING.get(mode, {})
+        cases = [Case(mode, tuple(prompt), (), options, sampling) for prompt in prompts]
         rows[mode] = [[list(c.prompt), answers(llm, [c])[0]] for c in cases]
     TOKENS.write_text(json.dumps(rows) + "\n", encoding="utf-8")
 

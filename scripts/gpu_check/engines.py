@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from scripts.gpu_check.cases import Case, bundled_cases
+from scripts.gpu_check.cases import MAX_TOKENS, Case, bundled_cases
 from scripts.gpu_check.options import Options
 from scripts.gpu_check.result import Result, Skip
 
 BUNDLED = Path(__file__).resolve().parents[2] / "examples" / "nbdiff-nano"
 FULL = "CUDAGraphMode.FULL"
-TOY_MODES = ("diffusion", "verify", "penalty")
+TOY_MODES = ("diffusion", "verify", "constraints")
 NEEDS_GPU = "CUDA graphs need a GPU"
 
 
@@ -53,18 +53,17 @@ def use_own_attention() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, ATTENTION_BACKEND)
 
 
-def answers(llm: Any, cases: list[Case], limit: int | None = None) -> list[list[int]]:
+def answers(llm: Any, cases: list[Case], limit: int = MAX_TOKENS) -> list[list[int]]:
     """Greedy tokens of cases in one batch, at most `limit` of each."""
     from vllm import SamplingParams
 
     params = [
         SamplingParams(
             temperature=0,
-            max_tokens=min(len(case.tokens), limit or len(case.tokens)),
-            ignore_eos=True,
+            max_tokens=limit,
             detokenize=False,
             extra_args=dict(case.options),
-            **case.sampling,
+            **{"ignore_eos": True, **case.sampling},
         )
         for case in cases
     ]
@@ -75,7 +74,7 @@ def answers(llm: Any, cases: list[Case], limit: int | None = None) -> list[list[
 
 def compare(llm: Any, options: Options) -> Result:
     """One request of each mode alone, then all of them, against the stored tokens."""
-    cases, limit = bundled_cases(), None
+    cases, limit = bundled_cases(), MAX_TOKENS
     if options.toy:
         cases, limit = [c for c in cases if c.mode in TOY_MODES and len(c.prompt) == 7], 8
     alone = {case.mode: case for case in cases}
