@@ -96,6 +96,11 @@ class Drawn(NamedTuple):
     confidence: Tensor  # [n] float32: probability, negative entropy in nats, or top-2 margin
 
 
+def is_sound(logits: Tensor) -> Tensor:
+    """[n] bool: whether rows [n, V] of logits mean something."""
+    return logits.amax(-1).isfinite()
+
+
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Most likely token of each row, the first of equals, and its probability.
 
@@ -238,7 +243,7 @@ def _sample_sorted(logits: Tensor, params: RowParams, mask_token_id: int) -> Dra
     """`_sample_filtered` of rows [n, V] of a small vocabulary."""
     x = logits.float() / params.temperature[:, None]
     x[:, mask_token_id] = -torch.inf
-    sound = x.amax(1).isfinite()
+    sound = is_sound(x)
     x.masked_fill_(~sound[:, None], 0)
     weight = kept_weights(x, params.top_k, params.top_p, params.min_p)
     token, _ = invert(weight, params.draw)

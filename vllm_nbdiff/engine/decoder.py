@@ -108,13 +108,12 @@ class Decoder:
         self.sampler.grammars.end_requests(self.schedule, self.tally)
 
     def _find_broken(self, drawn: Drawn) -> None:
-        """Find requests whose logits mean nothing; constraints may leave an honest row no token."""
+        """Find requests whose logits mean nothing."""
         packed = self._packed
-        broken = drawn.probability == 0
+        broken = self.sampler.broken(drawn)
         if packed.valid is not None:
             broken &= packed.valid
         if self._worth(broken):
-            broken &= ~self._options.constrained[packed.owner]
             rows = torch.zeros_like(self.schedule.batch.slot)
             self.tally.add_broken(rows.index_add_(0, packed.owner, broken.long()))
 

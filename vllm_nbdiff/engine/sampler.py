@@ -14,7 +14,7 @@ from vllm_nbdiff.decoding.logprobs import process
 from vllm_nbdiff.decoding.needed import predicted
 from vllm_nbdiff.decoding.plan import Plan
 from vllm_nbdiff.decoding.rows import Packed
-from vllm_nbdiff.decoding.sampling import Drawn, RowParams
+from vllm_nbdiff.decoding.sampling import Drawn, RowParams, is_sound
 from vllm_nbdiff.engine.constraints import ConstraintTable
 from vllm_nbdiff.engine.grammars import GrammarTable, apply_bits
 from vllm_nbdiff.engine.logprobs import LogprobTable
@@ -38,6 +38,8 @@ class RowSampler:
         self.mask_token_id = mask_token_id
         self._groups: list[tuple[Tensor | None, Tensor]] = []
         self._params: RowParams | None = None
+        self._broken: tuple[Tensor, Tensor] | None = None
+        """Constrained rows of the last draw, and which of them the model gave broken."""
 
     def draw(self, logits: Tensor, plan: Plan, packed: Packed, schedule: Schedule) -> Drawn:
         """Draw from `logits` [n, V], which it may change, for the rows that are `packed`."""
@@ -57,6 +59,18 @@ class RowSampler:
             drawn = draw_rows(part, own_params, self.mask_token_id, needed, schedule.asked.chances)
             parts.append(drawn)
         return self._joined(parts, len(logits))
+
+    def broken(self, drawn: Drawn) -> Tensor:
+        """[n] bool: rows of the last draw, which gave `drawn`, whose logits mean nothing.
+
+        Constraints may leave an honest row no token, so what they change counts as the model gave
+        it.
+        """
+        broken = drawn.probability == 0
+        if self._broken is not None:
+            rows, own = self._broken
+            broken[rows] = own
+        return broken
 
     def legal(
         self, plan: Plan, proposal: Proposal, accepted: Tensor, schedule: Schedule
@@ -143,6 +157,7 @@ class RowSampler:
     ) -> list[tuple[Tensor | None, Tensor]]:
         """Rows to draw from, the later ones in place of the earlier: those without constraints (or
         all, where these are most), and a float32 copy, constrained, of the others."""
+        self._broken = None
         flags = self.constraints.constrained[schedule.slots]
         if not flags.any():
             return [(None, logits)]
@@ -162,6 +177,7 @@ class RowSampler:
             chosen = np.flatnonzero(constrained)
             rows = async_tensor_h2d(chosen, device=logits.device)
             part = logits[rows].float()
+            self._broken = rows, ~is_sound(part)
             own = Packed(packed.owner[rows], packed.place[rows], None)
             self.grammars.mask(part, plan, own, owner[chosen], schedule)
             self.constraints.apply(part, plan, own, owner[chosen], schedule)
