@@ -2,6 +2,7 @@
 """Start-up: what makes a block-diffusion checkpoint, and errors that name the key and the fix."""
 
 import json
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from vllm.platforms import current_platform
 
 import vllm_nbdiff
 from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.decoding.rules import CONFIDENCE, RULES, Ranked, Rule
 from vllm_nbdiff.engine_options import Allowed
 
 FREEDAVE = {"algorithm": "freedave"}
@@ -72,6 +74,37 @@ def test_shapes_are_static_where_graphs_are(
         monkeypatch.setattr(current_platform, "is_cpu", lambda cpu=on_cpu: cpu)
         assert unset.static_shapes is not on_cpu
         assert all(config.static_shapes is wanted for wanted, config in configs.items())
+
+
+def _reads_values(ranked: Ranked) -> torch.Tensor:
+    return ranked.probability > ranked.threshold.max().item()
+
+
+def _branches(ranked: Ranked) -> torch.Tensor:
+    return ranked.active if ranked.active.any() else ~ranked.active
+
+
+def _is_on_the_host(ranked: Ranked) -> torch.Tensor:
+    return ranked.probability > torch.arange(ranked.probability.shape[1])
+
+
+def _is_tensors_alone(ranked: Ranked) -> torch.Tensor:
+    count = torch.arange(ranked.active.shape[1], device=ranked.active.device)
+    return (ranked.probability.cumsum(1) > ranked.threshold) & (count < 3)
+
+
+@pytest.mark.parametrize("takes", [_reads_values, _branches, _is_on_the_host])
+def test_a_rule_that_reads_values_has_no_static_shapes(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, takes: Callable[[Ranked], torch.Tensor]
+) -> None:
+    """It would stop every step of a GPU."""
+    monkeypatch.setitem(RULES, "good", Rule(CONFIDENCE, _is_tensors_alone, 0.5))
+    static = {"additional_config": {"nbdiff": {"static_shapes": True}}}
+    start(checkpoint, **static)
+    monkeypatch.setitem(RULES, "bad", Rule(CONFIDENCE, takes, 0.5))
+    start(checkpoint)
+    with pytest.raises(ValueError, match=r"the rule 'bad' must be made of tensors .* alone"):
+        start(checkpoint, **static)
 
 
 def test_operators_limits(checkpoint: Path) -> None:

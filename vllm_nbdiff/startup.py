@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.decoding.rules import refuse_rules_that_read
 from vllm_nbdiff.environment import set_cpu_environment
 from vllm_nbdiff.graphs import refuse_graphs, set_capture_sizes
 from vllm_nbdiff.names import ATTENTION_BACKEND, LOGGER, SCHEDULER
@@ -47,6 +48,8 @@ class NBDiffConfigHook:
 
         config = BlockDiffusionConfig.from_vllm_config(vllm_config)
         refuse_unsupported_features(vllm_config)
+        if config.static_shapes:
+            refuse_rules_that_read(config.block_length)
         if config.family.thinking_budget:
             _set_end_of_thinking(vllm_config, config.vocab_size)
         canvas = vllm_config.diffusion_config

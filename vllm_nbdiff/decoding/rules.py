@@ -234,3 +234,24 @@ RULES = {
 }
 """Rules by the name that `nbdiff_algorithm` gives; add to it in a vLLM plugin of your own, which
 every process loads."""
+_OURS = frozenset(rule.takes for rule in RULES.values())
+
+
+def refuse_rules_that_read(block_length: int) -> None:
+    """Raise ValueError naming a rule of a plugin that asks for values of its tensors.
+
+    With static shapes it would stop every step until the device has computed them. Tensors on
+    `meta` have shapes alone.
+    """
+    flags = torch.ones((2, block_length), dtype=torch.bool, device="meta")
+    ranked = Ranked(flags, flags.float(), flags.float(), flags[:, :1].float())
+    for name, rule in RULES.items():
+        if rule.takes in _OURS:
+            continue
+        try:
+            rule.takes(ranked)
+        except Exception as error:
+            raise ValueError(
+                f"the rule {name!r} must be made of tensors on its arguments' device alone, "
+                f"without reading values (.item(), bool(), .cpu()): {error}"
+            ) from error
