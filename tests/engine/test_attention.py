@@ -2,13 +2,19 @@
 """The plugin's own attention backend under the engine, its kernels interpreted or in PyTorch."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from tests.conftest import options, tokens_of
+from tests.engine.conftest import plugins_attention
 from tests.engine.test_golden import request_of
+from tests.engine.test_grammars import COMPACT, NANO
+from tests.engine.test_grammars import MASK as NANO_MASK
+from tests.engine.test_static_shapes import every_request, generate
 from tests.interpreter import interpret_kernels
 
 interpret_kernels()
@@ -46,35 +52,38 @@ def test_golden_in_pytorch(
         assert tokens_of(outputs) == [case["expected"] for case in cases]
 
 
-def test_every_kernel_interpreted(
-    own_attention: None,
-    make_checkpoint: Callable[..., Any],
+@pytest.mark.parametrize("attends", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_every_option_with_interpreted_kernels(
+    attends: bool,
     make_llm: Callable[..., Any],
+    make_async_llm: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Attention, KV write, row statistics and draws, as on a GPU but for its speed."""
-    folder, _ = make_checkpoint("llama", seed=4)
-    sizes: dict[str, Any] = {"block_length": 4, "mask": 159, "max_model_len": 64, "block_size": 16}
-    requests = [
-        ({"prompt_token_ids": [5, 17, 3]}, {}, options(small_blocks=2)),
-        ({"prompt_token_ids": list(range(2, 21))}, {}, options(mode="verify", draft_length=3)),
-        ({"prompt_token_ids": [9]}, {"temperature": 0.9, "seed": 3, "top_k": 9}, options()),
-    ]
-    prompts = [prompt for prompt, _, _ in requests]
-    params = [
-        SamplingParams(
-            max_tokens=7, ignore_eos=True, detokenize=False, extra_args=extra,
-            **{"temperature": 0, **settings},
+    """All in one batch, with two in flight, as on a GPU but for its speed: row statistics and
+    draws, attention and KV writes too, give the text of the plain functions."""
+    settings: dict[str, Any] = {
+        **{"block_length": 8, "mask": NANO_MASK, "max_model_len": 128, "block_size": 32},
+        **{"max_num_batched_tokens": 640, "kv_cache_memory_bytes": 1 << 26},
+        **{"skip_tokenizer_init": False, "structured_outputs_config": COMPACT},
+    }
+    nbdiff = {"allow_mask_token_in_prompt": True}
+    requests = every_request(max_tokens=9, prompts=8)
+    for (prompt, _), extra in zip(requests, (options(), options(mode="verify")), strict=False):
+        constraint = StructuredOutputsParams(regex="[0-9]{3} (yes|no)")
+        params = SamplingParams(
+            temperature=0, max_tokens=9, structured_outputs=constraint, extra_args=extra
         )
-        for _, settings, extra in requests
-    ]  # fmt: skip
-    engines = [
-        make_llm(folder, additional_config={"nbdiff": nbdiff}, **sizes)
-        for nbdiff in ({"static_shapes": True}, {"attention_kernel": "torch"})
-    ]
-    expected = tokens_of(engines[1].generate(prompts, params, use_tqdm=False))
+        requests.append((prompt, params))
+    plain = make_llm(NANO, additional_config={"nbdiff": nbdiff}, **settings)
+    expected = generate(plain, requests)
+    with plugins_attention() if attends else nullcontext():
+        static = {"nbdiff": nbdiff | {"static_shapes": True}}
+        llm = make_async_llm(NANO, additional_config=static, **settings)
     monkeypatch.setattr(draws, "has_kernels", lambda logits: True)
-    assert tokens_of(engines[0].generate(prompts, params, use_tqdm=False)) == expected
+    # An interpreted operation takes about as long for many rows of logits as for few.
+    monkeypatch.setattr("vllm_nbdiff.kernels.row_sample.TILE", 1 << 17)
+    given = generate(llm, requests)
+    assert [i for i, texts in enumerate(given) if texts != expected[i]] == []
 
 
 def test_fp8_cache(

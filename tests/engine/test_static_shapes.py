@@ -58,8 +58,10 @@ def pair(golden_checkpoint: Any, make_llm: Callable[..., Any]) -> Iterator[Any]:
     yield make_llm(golden_checkpoint, additional_config=STATIC, **sizes), dynamic
 
 
-def every_request() -> list[tuple[dict[str, Any], SamplingParams]]:
-    """Prompts and parameters of every kind."""
+def every_request(
+    max_tokens: int = 21, prompts: int = 250
+) -> list[tuple[dict[str, Any], SamplingParams]]:
+    """Prompts and parameters of every kind; `prompts` different lengths from 3 on, at most."""
     sampled = {"temperature": 0.8, "seed": 5}
     kinds: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (options(), {}),
@@ -91,7 +93,7 @@ def every_request() -> list[tuple[dict[str, Any], SamplingParams]]:
         (options(mode="verify"), {"frequency_penalty": 0.7, "presence_penalty": 0.4}),
         (options(), {"logit_bias": {7: 5.0}}),
         (options(), {"allowed_token_ids": list(range(40, 90))}),
-        (options(), sampled | {"min_tokens": 12, "stop_token_ids": list(range(200))}),
+        (options(), sampled | {"min_tokens": max_tokens // 2, "stop_token_ids": list(range(200))}),
         (options(mode="ar"), {"stop_token_ids": list(range(100))}),
         (options(), {"ignore_eos": False, "min_tokens": 3}),
         (options(fused_commit=1), {}),
@@ -99,11 +101,15 @@ def every_request() -> list[tuple[dict[str, Any], SamplingParams]]:
         (options(block_cache=1, small_blocks=2), {}),
         (options(algorithm="freedave"), {}),
         (options(algorithm="freedave", small_blocks=2), {"repetition_penalty": 1.2}),
+        (options(step_map=1), {"logprobs": 2}),
+        (options(mode="verify", step_map=1), sampled | {"logprob_token_ids": [7, 300]}),
+        (options(mode="ar"), {"logprobs": 0, "prompt_logprobs": 1}),
+        (options(), sampled | {"n": 2}),
     ]
     requests = []
     for i, (extra, params) in enumerate(kinds):
-        prompt = {"prompt_token_ids": [(7 * i + 3 * j) % 500 for j in range(3 + 7 * i)]}
-        settings: dict[str, Any] = {"temperature": 0, "max_tokens": 21, "ignore_eos": True}
+        prompt = {"prompt_token_ids": [(7 * i + 3 * j) % 500 for j in range(3 + 7 * i % prompts)]}
+        settings: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True}
         settings |= {"detokenize": False, "extra_args": extra} | params
         requests.append((prompt, SamplingParams(**settings)))
     for words in ([[3, 4], [11]], [[5], [7, 8, 9]]):
@@ -115,9 +121,11 @@ def every_request() -> list[tuple[dict[str, Any], SamplingParams]]:
     return requests
 
 
-def generate(llm: Any, requests: list[Any]) -> list[list[int]]:
+def generate(llm: Any, requests: list[Any]) -> list[list[list[int]]]:
+    """Token ids of every completion of each request."""
     prompts, params = zip(*requests, strict=True)
-    return tokens_of(llm.generate(list(prompts), list(params), use_tqdm=False))
+    outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
+    return [[list(text.token_ids) for text in output.outputs] for output in outputs]
 
 
 def test_every_option_gives_the_same_text(pair: Any) -> None:
