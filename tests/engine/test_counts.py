@@ -71,10 +71,11 @@ def sampled(**extra: Any) -> Any:
 
 def test_counts_reach_the_scheduler(copied: Callable[..., Any]) -> None:
     """Copied before the event that ends the copies, and unchanged in another process."""
-    output, steps = copied(sampled(counts=COLUMNS.T.int()))
+    output, steps = copied(sampled(counts=COLUMNS.T.int(), graph="full"))
     assert output.sampled_token_ids == [[5], [6]] and output.num_nans_in_logits is None
     got = {name: Counts(*row) for name, row in compat.counts_of(output).items()}
     assert got["a"] == Counts(*range(0, 22, 2)) and got["b"].accepted == 13
+    assert compat.graph_of(output) == "full"
     assert steps == ["wait", "wait", "record"]
 
 
@@ -101,7 +102,8 @@ def test_tally() -> None:
 def test_outputs_of_other_models_stay_as_they_are(copied: Callable[..., Any]) -> None:
     output, steps = copied(sampled())
     assert vars(output).keys() == {field.name for field in fields(ModelRunnerOutput)}
-    assert compat.counts_of(output) == {} and steps == ["wait", "record"]
+    assert compat.counts_of(output) == {} and compat.graph_of(output) is None
+    assert steps == ["wait", "record"]
 
 
 def test_carrying_counts_is_needed() -> None:

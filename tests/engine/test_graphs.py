@@ -11,7 +11,7 @@ from vllm.config.compilation import CUDAGraphMode
 from tests.conftest import options, tokens_of
 from tests.engine.conftest import plugins_attention
 from tests.engine.graphs import Rehearsal, rehearse
-from tests.engine.test_static_shapes import every_request, generate
+from tests.engine.test_static_shapes import device_steps, every_request, generate
 from vllm_nbdiff.decoding import fan_out
 
 MOST = 160
@@ -24,10 +24,11 @@ def engines(golden_checkpoint: Any, make_llm: Callable[..., Any]) -> Iterator[li
     sizes |= {"max_model_len": 256, "num_gpu_blocks_override": 400}
     kernel = {"attention_kernel": "torch"}
     with plugins_attention():
+        # The last engine has the metrics.
         yield [
             make_llm(golden_checkpoint, additional_config={"nbdiff": kernel | shapes}, **sizes)
-            for shapes in ({"static_shapes": True}, {"static_shapes": True}, {})
-        ]
+            for shapes in ({}, {"static_shapes": True}, {"static_shapes": True})
+        ][::-1]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,8 @@ def test_every_option_gives_the_same_text(engines: list[Any], graphs: Rehearsal)
     modes = [desc.cg_mode for decodes, desc in graphs.steps if decodes]
     assert len(modes) > 200 and set(modes) == {CUDAGraphMode.FULL}
     assert {desc.cg_mode for decodes, desc in graphs.steps if not decodes} == {CUDAGraphMode.NONE}
+    counted = device_steps(engines[0])
+    assert counted["full"] == len(modes) and counted.keys() == {"full", "none"}
     # Of several sizes, for few requests and for many.
     assert len({(desc.num_tokens, desc.num_reqs) for _, desc in graphs.steps}) > 12
 

@@ -141,8 +141,15 @@ def test_every_option_gives_the_same_text(pair: Any) -> None:
     assert [i for i, text in enumerate(alone) if text != expected[i]] == []
 
 
+def device_steps(llm: Any) -> dict[str, float]:
+    """Steps by the CUDA graph that they ran in."""
+    name = "vllm:diffusion_num_device_steps"
+    return {m.labels["graph"]: m.value for m in llm.get_metrics() if m.name == name}
+
+
 def test_counts(pair: Any) -> None:
     static, _ = pair
+    steps = device_steps(static).get("none", 0)
     names = ("denoising_steps", "canvas_positions", "committed_tokens")
     before = [counter(static, f"vllm:diffusion_num_{name}") for name in names]
     params = SamplingParams(
@@ -153,6 +160,7 @@ def test_counts(pair: Any) -> None:
     after = [counter(static, f"vllm:diffusion_num_{name}") for name in names]
     # Two blocks of a seed and 7 denoise steps of one position; the first one is committed.
     assert [b - a for a, b in zip(before, after, strict=True)] == [15, 120, 16]
+    assert device_steps(static) == {"none": steps + 15}
 
 
 def test_text_ends_at_the_models_length(pair: Any) -> None:

@@ -19,6 +19,8 @@ MORE_COUNTERS = {
     "vllm:diffusion_num_fan_out_hits": "Texts that broke off where such a draft was there.",
 }
 KINDS = ("diffusion", "freedave", "verify", "ar", "auto")
+GRAPHS = ("full", "piecewise", "none")
+"""Names of vLLM's `CUDAGraphMode` that a forward runs in."""
 
 
 def export_diffusion_metrics() -> None:
@@ -27,11 +29,11 @@ def export_diffusion_metrics() -> None:
     Symptom: both hang on `ModelConfig.is_diffusion`, which would also ban temperature, seed and
     more, so it stays false here.
     Upstream: `LoggingStatLogger.__init__`, `PrometheusStatLogger.__init__`
-    (vllm/v1/metrics/loggers.py), `SpecDecodingProm.observe` (vllm/v1/spec_decode/metrics.py).
+    (vllm/v1/metrics/loggers.py), `SpecDecodingProm.observe`, `SpecDecodingLogging.observe`,
+    `SpecDecodingLogging._log_diffusion` (vllm/v1/spec_decode/metrics.py).
     Remove when metrics depend on `diffusion_config`.
     """
     from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
-    from vllm.v1.spec_decode.metrics import SpecDecodingLogging
 
     def prometheus(original: Callable[..., None]) -> Callable[..., None]:
         def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -45,12 +47,32 @@ def export_diffusion_metrics() -> None:
         def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             original(self, vllm_config, *args, **kwargs)
             if is_block_diffusion(vllm_config):
-                self.spec_decoding_logging = SpecDecodingLogging(is_diffusion=True)
+                self.spec_decoding_logging = _diffusion_logging()
 
         return init
 
     patch(PrometheusStatLogger, "__init__", prometheus)
     patch(LoggingStatLogger, "__init__", logging)
+
+
+def _diffusion_logging() -> Any:
+    """vLLM's log line of diffusion steps, and which share of them CUDA graphs held."""
+    from vllm.v1.spec_decode.metrics import SpecDecodingLogging
+
+    class DiffusionLogging(SpecDecodingLogging):
+        """One line an interval."""
+
+        def _log_diffusion(self, log_fn: Callable[..., None], **figures: Any) -> None:
+            steps = [sum(own) for own in zip(*self.accepted_tokens_per_pos_lists, strict=True)]
+            steps = steps[len(MORE_COUNTERS) :]
+
+            def log_more(text: str, *values: Any) -> None:
+                text += ", Steps in full CUDA graphs: %d of %d"
+                log_fn(text, *values, steps[GRAPHS.index("full")], sum(steps))
+
+            super()._log_diffusion(log_more if any(steps) else log_fn, **figures)
+
+    return DiffusionLogging(is_diffusion=True)
 
 
 def _diffusion_counters(base: Any) -> type:
@@ -77,35 +99,48 @@ def _diffusion_counters(base: Any) -> type:
                 engine: [rows.labels(*labels, kind) for kind in KINDS]
                 for engine, labels in values.items()
             }
+            self._steps = self._counter_cls(
+                name="vllm:diffusion_num_device_steps",
+                documentation="Steps with canvases, by the CUDA graph that their forward ran in.",
+                labelnames=[*names, "graph"],
+            )
+            self._labels = values
 
         def observe(self, spec_decoding_stats: Any, engine_idx: int = 0) -> None:
             super().observe(spec_decoding_stats, engine_idx)
-            more, rows = unpack_counts(spec_decoding_stats)
+            more, rows, steps = unpack_counts(spec_decoding_stats)
             for counter, value in zip(self._more, more, strict=True):
                 counter[engine_idx].inc(value)
             for counter, value in zip(self._rows[engine_idx], rows, strict=True):
                 counter.inc(value)
+            for graph, value in zip(GRAPHS, steps, strict=True):
+                if value:  # what is never counted is not exported: nothing without static shapes
+                    self._steps.labels(*self._labels[engine_idx], graph).inc(value)
 
     return DiffusionCounters
 
 
-def add_counts(stats: Any | None, more: Sequence[int], kind: str, rows: int) -> Any:
-    """Add to vLLM's `SpecDecodingStats` (None: new ones) what `MORE_COUNTERS` count, and the rows
-    of a request of one of `KINDS`.
+def add_counts(
+    stats: Any | None, more: Sequence[int], kind: str, rows: int, graph: str | None = None
+) -> Any:
+    """Add to vLLM's `SpecDecodingStats` (None: new ones, of a step whose forward ran in `graph`)
+    what `MORE_COUNTERS` count, and the rows of a request of one of `KINDS`.
 
     They travel to the front end in lists that mean nothing else for diffusion.
     """
     from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
     if stats is None:
-        stats = SpecDecodingStats.new(max(len(MORE_COUNTERS), len(KINDS)))
+        stats = SpecDecodingStats.new(len(MORE_COUNTERS) + len(GRAPHS))
+        if graph is not None:
+            stats.num_accepted_tokens_per_pos[len(MORE_COUNTERS) + GRAPHS.index(graph)] = 1
     for place, value in enumerate(more):
         stats.num_accepted_tokens_per_pos[place] += value
     stats.num_draft_tokens_per_pos[KINDS.index(kind)] += rows
     return stats
 
 
-def unpack_counts(stats: Any) -> tuple[list[int], list[int]]:
-    """What `add_counts` added: of `MORE_COUNTERS`, and rows of `KINDS`."""
-    more = stats.num_accepted_tokens_per_pos[: len(MORE_COUNTERS)]
-    return more, stats.num_draft_tokens_per_pos[: len(KINDS)]
+def unpack_counts(stats: Any) -> tuple[list[int], list[int], list[int]]:
+    """What `add_counts` added: of `MORE_COUNTERS`, rows of `KINDS`, and steps in `GRAPHS`."""
+    added, rows = stats.num_accepted_tokens_per_pos, stats.num_draft_tokens_per_pos[: len(KINDS)]
+    return added[: len(MORE_COUNTERS)], rows, added[len(MORE_COUNTERS) :]

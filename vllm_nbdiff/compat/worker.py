@@ -125,7 +125,8 @@ def ignore_grammar_of_warm_up() -> None:
 
 
 def carry_counts() -> None:
-    """Bring the counts of a `CountedOutput` to the scheduler, copied as sampled tokens are.
+    """Bring the counts of a `CountedOutput` to the scheduler, copied as sampled tokens are, and in
+    which graph the forward ran.
 
     Called by our ModelState: only workers need it, and importing the runner takes time.
 
@@ -143,6 +144,7 @@ def carry_counts() -> None:
             self: Any, *, sampler_output: Any, main_stream: Any, copy_stream: Any, **kwargs: Any
         ) -> None:
             counts, self.nbdiff_counts = getattr(sampler_output, "counts", None), None
+            self.nbdiff_graph = getattr(sampler_output, "graph", None)
             if counts is not None:
                 # First, as the original ends with the event that all copies are waited for by.
                 with stream(copy_stream, main_stream):
@@ -159,6 +161,7 @@ def carry_counts() -> None:
             if self.nbdiff_counts is not None:
                 counts = self.nbdiff_counts.tolist()
                 output.nbdiff_counts = dict(zip(output.req_ids, counts, strict=True))
+                output.nbdiff_graph = self.nbdiff_graph
             return output
 
         return get_output
@@ -170,6 +173,11 @@ def carry_counts() -> None:
 def counts_of(model_runner_output: Any) -> dict[str, list[int]]:
     """The counts that `carry_counts` attached, by request; empty where nothing was computed."""
     return getattr(model_runner_output, "nbdiff_counts", {})
+
+
+def graph_of(model_runner_output: Any) -> str | None:
+    """What `carry_counts` attached beside them: which of `metrics.GRAPHS` the forward ran in."""
+    return getattr(model_runner_output, "nbdiff_graph", None)
 
 
 def write_more_kv(layers: Iterable[Any], write: Callable[..., None]) -> None:

@@ -51,6 +51,8 @@ class CountedOutput(SamplerOutput):
 
     counts: Tensor | None = None
     """[B, number of fields of `Counts`] int32, on the model's device."""
+    graph: str | None = None
+    """Which of `compat.metrics.GRAPHS` the forward ran in; None: shapes are not static."""
 
 
 class Tally:

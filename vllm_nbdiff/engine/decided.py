@@ -68,4 +68,5 @@ class NBDiffSampler:
             num_rejected=rejected.int(),
             sampling_mask_tensors=decoder.steps.collect(emitted.tokens.shape[1]),
             counts=decoder.tally.columns(batch.decodes),
+            graph=self.loop.graph,
         )

@@ -52,6 +52,8 @@ class ForwardLoop:
         self.seconds_per_schedule = seconds_per_schedule
         self.adapters = adapters
         self.forward: Forward | None = None
+        self.graph: str | None = None
+        """Which of `compat.metrics.GRAPHS` the forward runs in; None: shapes are not static."""
 
     def begin(self, schedule: Schedule, paged: PagedBatch) -> dict[str, Any]:
         """Attention metadata of a schedule's first forward, whose rows of logits are set."""

@@ -272,5 +272,7 @@ class NBDiffModelState(ModelState):
             self._copies.clear()
             return paged.of_runner(self.max_model_len)
         self.options.upload()
+        if self.config.static_shapes:
+            self.loop.graph = cudagraph_mode.name.lower()
         schedule = self.reader.read(input_batch, paged.page_size, paged.most_segments)
         return self.loop.begin(schedule, paged)

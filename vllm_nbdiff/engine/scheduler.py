@@ -65,6 +65,7 @@ class NBDiffScheduler(Scheduler):
         self._page_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._row_limit = row_limit(self.vllm_config, self._config)
         self._counts: dict[str, Counts[int]] = {}
+        self._graph: str | None = None
         self._canvases: WeakKeyDictionary[Request, Canvas] = WeakKeyDictionary()
         self._turns = itertools.count(1)
         self._prompt_scores: tuple[dict[str, Any], dict[str, Any]] = {}, {}
@@ -192,6 +193,7 @@ class NBDiffScheduler(Scheduler):
         """Update with what the worker computed, and what that took."""
         counts = compat.counts_of(model_runner_output)
         self._counts = {name: Counts(*row) for name, row in counts.items()}
+        self._graph = compat.graph_of(model_runner_output)
         self._hold_prompt_scores(model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         broken = [name for name, own in self._counts.items() if own.broken]
@@ -254,7 +256,7 @@ class NBDiffScheduler(Scheduler):
             *(counts.guesses, counts.hits, counts.singles, counts.drafted, counts.accepted),
             *(counts.fan_outs, counts.fan_hits),
         )
-        stats = compat.add_counts(spec_decoding_stats, more, kind, counts.rows)
+        stats = compat.add_counts(spec_decoding_stats, more, kind, counts.rows, self._graph)
         stats.num_drafts += counts.forwards
         stats.num_draft_tokens += counts.rows
         stats.num_accepted_tokens += num_accepted_tokens
