@@ -3,7 +3,7 @@
 
 Everything that is decided is a function of `vllm_nbdiff.decoding` on the model's device. On a CPU
 a schedule has several forwards, each of the rows that it needs; elsewhere one, in the runner's
-rows, between which nothing is read back.
+rows, between which nothing is read back but what grammars ask for.
 """
 
 from __future__ import annotations
