@@ -12,7 +12,13 @@ from .attention_tile import accumulate, dot_dtype, find_segment, tile_shape
 from .kv_scales import KVScales, check_kv_scales
 from .kv_split import choose_kv_splits, combine_splits, multiprocessor_count
 from .segment_table import SegmentTable
-from .validation import FLOAT_DTYPES, require, require_tensor, values_are_checked
+from .validation import (
+    FLOAT_DTYPES,
+    once_per_layout,
+    require,
+    require_tensor,
+    values_are_checked,
+)
 
 LOG2_E = math.log2(math.e)
 
@@ -145,7 +151,8 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_row[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-def _validate(
+@once_per_layout
+def _check_layout(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -153,23 +160,20 @@ def _validate(
     scale: float,
     out: Tensor,
     kv_scales: KVScales | None,
-    check_values: bool | None,
 ) -> None:
     device = q.device
     require_tensor("q", q, (None, None, None), FLOAT_DTYPES, device)
-    num_tokens, num_q_heads, head_dim = q.shape
+    num_q_heads, head_dim = q.shape[1:]
     require(scale > 0, "scale", f"{scale} is not positive")
     require(head_dim >= 16, "q", f"head_dim {head_dim}, the smallest supported is 16")
     dtype = check_kv_scales(kv_scales, k_cache, q.dtype, device)
     require_tensor("k_cache", k_cache, (None, None, None, head_dim), (dtype,), device)
     require_tensor("v_cache", v_cache, tuple(k_cache.shape), (dtype,), device)
-    num_pages, page_size, num_kv_heads = k_cache.shape[:3]
+    num_kv_heads = k_cache.shape[2]
     divides = num_kv_heads > 0 and num_q_heads % num_kv_heads == 0
     require(divides, "q", f"{num_q_heads} heads are no multiple of {num_kv_heads} KV heads")
     require_tensor("out", out, tuple(q.shape), (q.dtype,), device)
     segments.check_layout(device)
-    if values_are_checked(check_values, device):
-        segments.check_values(num_tokens, num_pages, page_size)
 
 
 def segment_attention(
@@ -216,8 +220,10 @@ def segment_attention(
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
     """
     out = torch.empty_like(q) if out is None else out
-    _validate(q, k_cache, v_cache, segments, scale, out, kv_scales, check_values)
+    _check_layout(q, k_cache, v_cache, segments, scale, out, kv_scales)
     num_tokens, num_q_heads, head_dim = q.shape
+    if values_are_checked(check_values, q.device):
+        segments.check_values(num_tokens, *k_cache.shape[:2])
     page_size, num_kv_heads = k_cache.shape[1:3]
     if num_tokens == 0 or segments.num_segments == 0:
         return out

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks of the launchers: a wrong argument is a ValueError that names it, before launch.
 
-Shapes, dtypes, devices and strides are host metadata and are always checked. Values live on the
+Shapes, dtypes, devices and strides are host metadata and are always checked; where every layer of
+a batch would pay for that, `once_per_layout` has the first one check for all. Values live on the
 device; reading them back would synchronise, so `values_are_checked` decides who pays for that.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_LAYOUTS = 4096  # remembered by a check; of batches that differ in their sizes
 
 
 def require(condition: bool, argument: str, message: str) -> None:
@@ -36,6 +42,34 @@ def require_tensor(
     require(tensor.device == device, argument, f"on {tensor.device}, expected {device}")
     if contiguous_last and tensor.numel() > 0 and tensor.shape[-1] > 1:
         require(tensor.stride(-1) == 1, argument, "the last dimension must be contiguous")
+
+
+def layout_of(argument: object) -> object:
+    """All that a check knows of an argument when it reads no tensor's values; hashable."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    if isinstance(argument, tuple):
+        return tuple(map(layout_of, argument))
+    return argument
+
+
+def once_per_layout(check: Callable[..., None]) -> Callable[..., None]:
+    """`check`, left out for arguments that are laid out as some that it passed; what it refuses it
+    refuses again. It may read no tensor's values.
+    """
+    passed: set[object] = set()
+
+    @functools.wraps(check)
+    def checked(*arguments: Any) -> None:
+        layout = layout_of(arguments)
+        if layout in passed:
+            return
+        check(*arguments)
+        if len(passed) >= MOST_LAYOUTS:
+            passed.clear()
+        passed.add(layout)
+
+    return checked
 
 
 def values_are_checked(check_values: bool | None, device: torch.device) -> bool:

@@ -7,7 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .kv_scales import KVScales, check_kv_scales, to_fp8, to_fp8_reference
-from .validation import FLOAT_DTYPES, require, require_tensor, values_are_checked
+from .validation import (
+    FLOAT_DTYPES,
+    once_per_layout,
+    require,
+    require_tensor,
+    values_are_checked,
+)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -67,15 +73,15 @@ def _write_kv_kernel(  # type: ignore[no-untyped-def]
     tl.store(v_row + head * stride_v_head + dim, value, mask=mask)
 
 
-def _validate(
+@once_per_layout
+def _check_layout(
     key: Tensor,
     value: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
-    copies: tuple[Tensor, Tensor] | None,
+    copies: tuple[Tensor, Tensor],
     kv_scales: KVScales | None,
-    check_values: bool | None,
 ) -> None:
     device = key.device
     require_tensor("key", key, (None, None, None), FLOAT_DTYPES, device)
@@ -85,16 +91,20 @@ def _validate(
     require_tensor("k_cache", k_cache, (None, None, heads, head_dim), (dtype,), device)
     require_tensor("v_cache", v_cache, tuple(k_cache.shape), (dtype,), device)
     require_tensor("slot_mapping", slot_mapping, (key.shape[0],), (torch.int64,), device)
-    rows, more = copies or (slot_mapping[:0], slot_mapping[:0])
-    require_tensor("copies", rows, (more.shape[0],), (torch.int64,), device)
-    require_tensor("copies", more, (rows.shape[0],), (torch.int64,), device)
-    if values_are_checked(check_values, device):
-        slots = k_cache.shape[0] * k_cache.shape[1]
-        for argument, given in (("slot_mapping", slot_mapping), ("copies", more)):
-            valid = bool(((given >= -1) & (given < slots)).all())
-            require(valid, argument, f"slot outside [-1, {slots})")
-        valid = bool(((rows >= 0) & (rows < key.shape[0])).all())
-        require(valid, "copies", f"row outside [0, {key.shape[0]})")
+    rows, slots = copies
+    require_tensor("copies", rows, (slots.shape[0],), (torch.int64,), device)
+    require_tensor("copies", slots, (rows.shape[0],), (torch.int64,), device)
+
+
+def _check_values(
+    num_tokens: int, num_slots: int, slot_mapping: Tensor, copies: tuple[Tensor, Tensor]
+) -> None:
+    rows, slots = copies
+    for argument, given in (("slot_mapping", slot_mapping), ("copies", slots)):
+        valid = bool(((given >= -1) & (given < num_slots)).all())
+        require(valid, argument, f"slot outside [-1, {num_slots})")
+    valid = bool(((rows >= 0) & (rows < num_tokens)).all())
+    require(valid, "copies", f"row outside [0, {num_tokens})")
 
 
 def write_kv(
@@ -124,11 +134,13 @@ def write_kv(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
     """
-    _validate(key, value, k_cache, v_cache, slot_mapping, copies, kv_scales, check_values)
+    rows, slots = copies or (slot_mapping[:0], slot_mapping[:0])
+    _check_layout(key, value, k_cache, v_cache, slot_mapping, (rows, slots), kv_scales)
     num_tokens, num_kv_heads, head_dim = key.shape
+    if values_are_checked(check_values, key.device):
+        _check_values(num_tokens, k_cache.shape[0] * k_cache.shape[1], slot_mapping, (rows, slots))
     if num_tokens == 0:
         return
-    rows, slots = copies or (slot_mapping[:0], slot_mapping[:0])
     _write_kv_kernel[(num_tokens + len(rows),)](
         key,
         value,

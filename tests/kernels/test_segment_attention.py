@@ -201,9 +201,11 @@ def test_impossible_values_are_named() -> None:
     }
     for argument, fields in bad.items():
         with pytest.raises(ValueError, match=f"^{argument}: "):
-            segment_attention(*_with(case, **fields), scale=1.0)
+            segment_attention(*_with(case, **fields), scale=1.0, check_values=True)
     with pytest.raises(ValueError, match=r"^page_table: "):
-        segment_attention(*_with(case, page_table=table.page_table - 10), scale=1.0)
+        segment_attention(
+            *_with(case, page_table=table.page_table - 10), scale=1.0, check_values=True
+        )
     with pytest.raises(ValueError, match=r"^kv_len: exceeds"):
         too_long = torch.tensor([20, 33], dtype=torch.int32)
-        segment_attention(*_with(case, kv_len=too_long), scale=1.0)
+        segment_attention(*_with(case, kv_len=too_long), scale=1.0, check_values=True)

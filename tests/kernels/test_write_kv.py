@@ -60,7 +60,7 @@ def test_wrong_arguments_are_named() -> None:
             write_kv(**{**good, argument: wrong}, slot_mapping=slots)
     for wrong_slots in (slots.int(), slots - 2, slots + 262):
         with pytest.raises(ValueError, match=r"^slot_mapping: "):
-            write_kv(**good, slot_mapping=wrong_slots)
+            write_kv(**good, slot_mapping=wrong_slots, check_values=True)
     for wrong_copies in ((slots, slots[:3]), (slots + 1, slots), (slots, slots + 262)):
         with pytest.raises(ValueError, match=r"^copies: "):
-            write_kv(**good, slot_mapping=slots, copies=wrong_copies)
+            write_kv(**good, slot_mapping=slots, copies=wrong_copies, check_values=True)
