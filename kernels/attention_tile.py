@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+SCRATCH = 2048  # bytes of shared memory for barriers and reductions, at most
+
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """Type of the matrix products' operands: the input's own, but the interpreter has no bf16."""
@@ -28,11 +30,13 @@ class TileShape(NamedTuple):
     num_stages: int
 
 
-def tile_shape(head_dim: int, group: int, max_query_len: int, itemsize: int) -> TileShape:
+def tile_shape(
+    head_dim: int, group: int, max_query_len: int, itemsize: int, shared_memory: int
+) -> TileShape:
     """Tile for `max_query_len` query rows x `group` heads: at most 128 rows share a pass over KV.
 
-    The bounds keep a program within the registers and shared memory of a Hopper SM; fp32 products
-    run out of registers instead of on tensor cores and take smaller tiles.
+    The bounds keep a program within the registers of an SM and its `shared_memory` bytes; fp32
+    products run out of registers instead of on tensor cores and take smaller tiles.
     """
     wanted = triton.next_power_of_2(group * max_query_len)
     smallest = max(16, triton.next_power_of_2(group))
@@ -40,7 +44,12 @@ def tile_shape(head_dim: int, group: int, max_query_len: int, itemsize: int) -> 
         return TileShape(max(smallest, min(32, wanted)), block_n=16, num_warps=8, num_stages=2)
     block_m = max(smallest, min(128, wanted))
     block_n = 64 if head_dim <= 128 else 32
-    return TileShape(block_m, block_n, num_warps=8 if block_m >= 128 else 4, num_stages=3)
+    # Loads of page ids take half of the pipeline: 5 stages are three buffers of K and V for tensor
+    # cores that read shared memory and two for others, 3 are one less (`compile_report.py` counts).
+    rows = block_m + 3 * 2 * block_n
+    fits = rows * triton.next_power_of_2(head_dim) * itemsize + SCRATCH <= shared_memory
+    num_warps, num_stages = 8 if block_m >= 128 else 4, 5 if fits else 3
+    return TileShape(block_m, block_n, num_warps, num_stages)
 
 
 @triton.jit

@@ -3,7 +3,6 @@
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,14 +12,6 @@ MAX_SPLITS = 32
 MIN_KEYS_PER_SPLIT = 256
 # Fewer parts are taken over the best wave occupancy when they reach this share of it.
 GOOD_ENOUGH = 0.9
-
-
-@functools.cache
-def multiprocessor_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device, 1 for the CPU."""
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

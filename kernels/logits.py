@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kv_split import multiprocessor_count
+from .device import multiprocessor_count
 from .validation import FLOAT_DTYPES, require, require_tensor
 
 TILE = 4096  # logits that a program reads at a time

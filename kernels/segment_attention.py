@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tile import accumulate, dot_dtype, find_segment, tile_shape
+from .device import multiprocessor_count, shared_memory
 from .kv_scales import KVScales, check_kv_scales
-from .kv_split import choose_kv_splits, combine_splits, multiprocessor_count
+from .kv_split import choose_kv_splits, combine_splits
 from .segment_table import SegmentTable
 from .validation import (
     FLOAT_DTYPES,
@@ -229,7 +230,7 @@ def segment_attention(
         return out
     group = num_q_heads // num_kv_heads
     most_rows = max_query_len or num_tokens
-    tile = tile_shape(head_dim, group, most_rows, q.element_size())
+    tile = tile_shape(head_dim, group, most_rows, q.element_size(), shared_memory(q.device))
     block_q = tile.block_m // group
     query_blocks = num_tokens // block_q + segments.num_segments
     if num_kv_splits is None:

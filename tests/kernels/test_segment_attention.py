@@ -11,6 +11,7 @@ from vllm_nbdiff.kernels.segment_attention import segment_attention
 from tests.kernels.attention_cases import Case, Segment, assert_as_good_as_eager, make_case
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HOPPER = 227 * 1024
 
 
 MIXED = [
@@ -54,7 +55,7 @@ def test_page_sizes_with_a_partial_last_page(page_size: int) -> None:
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_lengths_around_whole_tiles(tiles: int) -> None:
     """Where the unmasked tiles end: the last key, the first row's last key, just before, after."""
-    edge = tiles * tile_shape(head_dim=32, group=2, max_query_len=5, itemsize=2).block_n
+    edge = tiles * tile_shape(32, 2, max_query_len=5, itemsize=2, shared_memory=HOPPER).block_n
     lengths = range(edge - 1, edge + 2)
     bidirectional = [Segment(2, length, 0) for length in lengths]
     causal = [Segment(5, length + 4, 1) for length in lengths]
@@ -156,7 +157,19 @@ def test_choose_kv_splits(programs: int, max_kv_len: int) -> None:
 
 def test_typical_canvas_shares_one_pass_over_kv() -> None:
     """NBDiff-7B: 32 rows x 4 query heads per KV head are one tile."""
-    assert tile_shape(head_dim=128, group=4, max_query_len=32, itemsize=2).block_m == 128
+    assert tile_shape(128, 4, max_query_len=32, itemsize=2, shared_memory=HOPPER).block_m == 128
+
+
+def test_more_stages_where_they_fit() -> None:
+    """In 227 KiB of an H200 or B200, in 163 of an A100, not in 99 of an L4."""
+
+    def stages(rows: int, kib: int, head_dim: int = 128) -> int:
+        return tile_shape(head_dim, 4, rows, itemsize=2, shared_memory=kib * 1024).num_stages
+
+    assert [stages(32, kib) for kib in (227, 163, 99)] == [5, 5, 3]
+    assert [stages(32, kib, head_dim=256) for kib in (227, 163, 99)] == [5, 5, 3]
+    assert [stages(1, kib) for kib in (227, 163, 99)] == [5, 5, 3]
+    assert stages(1, 99, head_dim=64) == 5
 
 
 def _with(case: Case, **fields: Tensor) -> Case:

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
 from vllm_nbdiff.decoding.draws import compile_kernels, has_kernels
 from vllm_nbdiff.engine.attention import SegmentAttentionImpl
 from vllm_nbdiff.kernels.attention_tile import tile_shape
+from vllm_nbdiff.kernels.device import shared_memory
 from vllm_nbdiff.kernels.kv_split import MAX_SPLITS
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_table import SegmentTable
@@ -68,9 +69,9 @@ def _compile_attention(layer: Any, dtype: torch.dtype) -> None:
     write_kv(new, new, keys, values, nowhere, **options)
     none = torch.zeros(2, dtype=torch.int32, device=cache.device)
     table = SegmentTable(none, none[:1], none[:1], none[None, :1])
-    group = impl.num_heads // impl.num_kv_heads
+    group, room = impl.num_heads // impl.num_kv_heads, shared_memory(cache.device)
     tiles = {
-        tile_shape(impl.head_size, group, rows, query.element_size()): rows
+        tile_shape(impl.head_size, group, rows, query.element_size(), room): rows
         for rows in range(1, _MOST_ROWS + 1)
     }
     splits = [1 << power for power in range(MAX_SPLITS.bit_length())]
