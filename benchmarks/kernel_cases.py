@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `benchmarks.kernels` times: each kernel and its contenders on the shapes of a denoise step.
 
-A case is made of results that agree: making it runs every contender once and raises AssertionError
-where one is wrong.
+Each contender comes with a check of its result, which raises AssertionError where that is wrong.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
-from vllm_nbdiff.kernels.row_sample import row_sample
-from vllm_nbdiff.kernels.row_statistics import row_statistics
+from vllm_nbdiff.kernels.row_sample import RowSample, row_sample
+from vllm_nbdiff.kernels.row_statistics import RowStatistics, row_statistics
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
 from vllm_nbdiff.kernels.segment_table import SegmentTable
@@ -53,15 +52,21 @@ NBDIFF_7B = Shapes(32, 8, 128, 153376, 32, 8, 16, torch.bfloat16, "cuda")
 TOY = Shapes(4, 2, 32, 1021, 8, 4, 16, torch.float32, "cpu")
 
 
+class Contender(NamedTuple):
+    run: Run
+    check: Callable[[Any], None] = lambda result: None
+    """Of what it returned; the default is of those that the others are compared with."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """Contenders for one job; the first is ours."""
+    """Contenders for one job; those that are ours have names that begin with it."""
 
     kernel: str
     requests: int
     context: int
     num_bytes: int
-    contenders: dict[str, Run]
+    contenders: dict[str, Contender]
 
 
 def size_of(*tensors: Tensor) -> int:
@@ -72,6 +77,15 @@ def int32(values: object, device: str) -> Tensor:
     return torch.as_tensor(values, dtype=torch.int32, device=device)
 
 
+def paged_cache(shapes: Shapes, pages: int) -> tuple[Tensor, Tensor]:
+    """Random keys and values [pages, page_size, kv_heads, head_dim], laid out as in the engine."""
+    s = shapes
+    shape = (pages, s.kv_heads, s.page_size, 2 * s.head_dim)
+    cache = torch.randn(shape, dtype=s.dtype, device=s.device)
+    keys, values = cache.transpose(1, 2).split(s.head_dim, dim=-1)
+    return keys, values
+
+
 def vllm_is_usable(shapes: Shapes) -> bool:
     return shapes.device == "cuda" and importlib.util.find_spec("vllm") is not None
 
@@ -80,11 +94,11 @@ def vllm_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, table: SegmentTable, scale: float, longest: int
 ) -> Run:
     """vLLM's Triton unified attention, bidirectional."""
-    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-
     out = torch.empty_like(q)
 
     def run() -> Tensor:
+        from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
         unified_attention(
             q=q,
             k=k_cache,
@@ -131,8 +145,7 @@ def attention_case(shapes: Shapes, requests: int, context: int) -> Case:
     s, device = shapes, shapes.device
     kv_len = context + s.block
     pages = triton.cdiv(kv_len, s.page_size)
-    cache_shape = (requests * pages, 2, s.page_size, s.kv_heads, s.head_dim)
-    k_cache, v_cache = torch.randn(cache_shape, dtype=s.dtype, device=device).unbind(1)
+    k_cache, v_cache = paged_cache(s, requests * pages)
     page_table = torch.randperm(requests * pages, device=device).view(requests, pages)
     q = torch.randn(requests * s.block, s.q_heads, s.head_dim, dtype=s.dtype, device=device)
     table = SegmentTable(
@@ -154,18 +167,21 @@ def attention_case(shapes: Shapes, requests: int, context: int) -> Case:
 
     keys, values = gathered(k_cache), gathered(v_cache)
     dense_q = q.view(requests, s.block, s.q_heads, s.head_dim).transpose(1, 2)
-    contenders: dict[str, Run] = {"ours": ours, **dense_attention(dense_q, keys, values)}
+    runs: dict[str, Run] = {"ours": ours, **dense_attention(dense_q, keys, values)}
     if vllm_is_usable(shapes):
-        contenders["vllm triton"] = vllm_attention(q, k_cache, v_cache, table, scale, kv_len)
+        runs["vllm triton"] = vllm_attention(q, k_cache, v_cache, table, scale, kv_len)
 
     last = SegmentTable(int32([0, s.block], device), *(field[-1:] for field in table[1:]))
     inputs = (q[-s.block :], k_cache, v_cache, last)
     exact = segment_attention_reference(*inputs, scale=scale)
     eager = segment_attention_reference(*inputs, scale=scale, compute_dtype=s.dtype)
     bound = 2 * (eager.double() - exact).abs().max()
-    for name, run in contenders.items():
-        error = (run()[-s.block :].double() - exact).abs().max()  # type: ignore[index]
-        assert error <= bound, f"{name}: error {error:.3g} of the last request, bound {bound:.3g}"
+
+    def check(out: Tensor) -> None:
+        error = (out[-s.block :].double() - exact).abs().max()
+        assert error <= bound, f"error {error:.3g} of the last request, bound {bound:.3g}"
+
+    contenders = {name: Contender(run, check) for name, run in runs.items()}
     return Case("segment_attention", requests, context, size_of(keys, values, q, q), contenders)
 
 
@@ -173,24 +189,24 @@ def write_case(shapes: Shapes, requests: int) -> Case:
     s, tokens = shapes, requests * shapes.block
     slots = torch.randperm(tokens, device=s.device)
     key, value = torch.randn(2, tokens, s.kv_heads, s.head_dim, dtype=s.dtype, device=s.device)
-    pages = triton.cdiv(tokens, s.page_size)
-    cache_shape = (2, pages, s.page_size, s.kv_heads, s.head_dim)
-    cache = torch.zeros(cache_shape, dtype=s.dtype, device=s.device)
-    flat = cache.view(2, pages * s.page_size, s.kv_heads, s.head_dim)
-
-    def indexed() -> None:
-        flat[0].index_copy_(0, slots, key)
-        flat[1].index_copy_(0, slots, value)
+    page, offset = slots // s.page_size, slots % s.page_size
+    caches = [paged_cache(s, triton.cdiv(tokens, s.page_size)) for _ in range(2)]
 
     def ours() -> None:
-        write_kv(key, value, cache[0], cache[1], slots)
+        write_kv(key, value, *caches[0], slots)
 
-    indexed()
-    expected = cache.clone()
-    cache.zero_()
-    ours()
-    assert torch.equal(cache, expected), "write_kv differs from index_copy_"
-    contenders: dict[str, Run] = {"ours": ours, "index_copy_": indexed}
+    def indexed() -> None:
+        for cache, rows in zip(caches[1], (key, value), strict=True):
+            cache[page, offset] = rows
+
+    def check(index: int) -> None:
+        for cache, rows in zip(caches[index], (key, value), strict=True):
+            assert torch.equal(cache[page, offset], rows), "other keys or values than were written"
+
+    contenders = {
+        "ours": Contender(ours, lambda result: check(0)),
+        "index_put_": Contender(indexed, lambda result: check(1)),
+    }
     return Case("write_kv", requests, 0, 2 * size_of(key, value), contenders)
 
 
@@ -201,25 +217,28 @@ def statistics_case(shapes: Shapes, requests: int, logits: Tensor) -> Case:
         top = p.topk(2, dim=-1)
         return top.indices[:, 0], top.values, -(p * log_p).sum(dim=-1)
 
-    def ours() -> object:
-        return row_statistics(logits)
-
-    contenders: dict[str, Run] = {"ours": ours, "eager fp32": eager}
     _, best, entropy = eager()
-    found = row_statistics(logits)
-    torch.testing.assert_close(found.probability, best[:, 0], atol=0, rtol=1e-4)
-    torch.testing.assert_close(found.margin, best[:, 0] - best[:, 1], atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(found.entropy, entropy, atol=0, rtol=1e-4)
-    if vllm_is_usable(shapes):
+
+    def check(found: RowStatistics) -> None:
+        torch.testing.assert_close(found.probability, best[:, 0], atol=0, rtol=1e-4)
+        torch.testing.assert_close(found.margin, best[:, 0] - best[:, 1], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(found.entropy, entropy, atol=0, rtol=1e-4)
+
+    def vllm() -> tuple[Tensor, ...]:
         from vllm.model_executor.models.diffusion_gemma_sampler import sample_row_stats
 
+        return sample_row_stats(logits, temperature, shapes.sub_block, 0, None)
+
+    def check_entropy(found: tuple[Tensor, ...]) -> None:
+        torch.testing.assert_close(found[2], entropy, atol=0, rtol=1e-4)
+
+    contenders = {
+        "ours": Contender(lambda: row_statistics(logits), check),
+        "eager fp32": Contender(eager),
+    }
+    if vllm_is_usable(shapes):
         temperature = torch.ones(requests, device=shapes.device)
-
-        def vllm() -> tuple[Tensor, ...]:
-            return sample_row_stats(logits, temperature, shapes.sub_block, 0, None)
-
-        torch.testing.assert_close(vllm()[2], entropy, atol=0, rtol=1e-4)
-        contenders["vllm row kernel (with a draw)"] = vllm
+        contenders["vllm row kernel (with a draw)"] = Contender(vllm, check_entropy)
     return Case("row_statistics", requests, 0, size_of(logits), contenders)
 
 
@@ -234,13 +253,14 @@ def sample_case(requests: int, logits: Tensor) -> Case:
     def eager() -> Tensor:
         return logits.float().softmax(dim=-1).multinomial(1)
 
-    drawn = row_sample(logits, **key)
-    p = logits.float().softmax(dim=-1).gather(-1, drawn.token.long()[:, None])[:, 0]
-    torch.testing.assert_close(drawn.probability, p, atol=0, rtol=1e-4)
-    draws: dict[str, Run] = {
-        "ours": lambda: row_sample(logits, **key),
-        "ours, top-p 0.9": lambda: row_sample(logits, **key, top_p=top_p),
-        "eager fp32 multinomial": eager,
+    def check(drawn: RowSample) -> None:
+        p = logits.float().softmax(dim=-1).gather(-1, drawn.token.long()[:, None])[:, 0]
+        torch.testing.assert_close(drawn.probability, p, atol=0, rtol=1e-4)
+
+    draws = {
+        "ours": Contender(lambda: row_sample(logits, **key), check),
+        "ours, top-p 0.9": Contender(lambda: row_sample(logits, **key, top_p=top_p)),
+        "eager fp32 multinomial": Contender(eager),
     }
     return Case("row_sample", requests, 0, size_of(logits), draws)
 
@@ -261,8 +281,12 @@ def decisions_case(shapes: Shapes, requests: int) -> Case:
     expected = tokens.clone()
     taken = (p > THRESHOLD) | (p == p.amax(dim=1, keepdim=True))
     expected[:, s.sub_block : 2 * s.sub_block] = torch.where(taken, token, mask_token_id)
-    assert torch.equal(ours(), expected), "decisions: other positions than the likeliest are filled"
-    return Case("decisions", requests, 0, size_of(tokens, tokens, *drawn), {"ours": ours})
+
+    def check(found: Tensor) -> None:
+        assert torch.equal(found, expected), "other positions than the likeliest are filled"
+
+    contenders = {"ours": Contender(ours, check)}
+    return Case("decisions", requests, 0, size_of(tokens, tokens, *drawn), contenders)
 
 
 def other_cases(shapes: Shapes, requests: int) -> Iterator[Case]:

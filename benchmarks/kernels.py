@@ -8,8 +8,9 @@
 Shapes are those of a denoise step of NBDiff-7B: 32 query rows per request, 32/8 heads of 128, bf16,
 vocabulary 153376, 8 rows of logits per request (one sub-block). Every contender runs from a CUDA
 graph with a cold L2 cache; `bytes` are those that must move at least once, `share` compares their
-rate with the copy bandwidth measured in the same run. A contender's result is checked before it is
-timed. Columns are tab-separated.
+rate with the copy bandwidth measured in the same run. Keys and values lie as in the engine's cache.
+A contender's result is checked before it is timed; of one that fails a comment says why, and the
+rest go on. Exit status 1 where one of ours failed. Columns are tab-separated.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if "--toy" in sys.argv:
 import torch
 
 from benchmarks.kernel_cases import NBDIFF_7B, TOY, Case, Shapes, attention_case, other_cases
-from benchmarks.timing import copy_bandwidth, describe, fits, measure_of
+from benchmarks.timing import Measure, copy_bandwidth, describe, fits, measure_of
 
 # The paged cache, its gathered copy, half of it on the way there, and the check of one request.
 COPIES_OF_KV = 3
@@ -41,7 +42,26 @@ def cases(shapes: Shapes, requests: list[int], contexts: list[int]) -> Iterator[
         yield from other_cases(shapes, count)
 
 
-def main() -> None:
+def report(case: Case, measure: Measure, bandwidth: float) -> list[str]:
+    """Print a row per contender. Returns the names of those that failed."""
+    failed = []
+    for name, contender in case.contenders.items():
+        label = f"{case.kernel}\t{case.requests}\t{case.context}\t{name}"
+        try:
+            contender.check(contender.run())
+            seconds = measure(contender.run)
+        except Exception as reason:
+            failed.append(name)
+            why = " ".join(f"{type(reason).__name__}: {reason}".split())
+            print(f"# failed: {label}\t{why}", flush=True)
+            continue
+        share = case.num_bytes / seconds / bandwidth
+        figures = f"{seconds * 1e6:.1f}\t{case.num_bytes / 1e6:.3f}\t{share:.3f}"
+        print(f"{label}\t{figures}", flush=True)
+    return failed
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--toy", action="store_true", help="toy shapes in the interpreter, on CPU")
@@ -59,13 +79,11 @@ def main() -> None:
     print(f"# {describe(shapes.device)}")
     print(f"# copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     print("kernel\trequests\tcontext\tcontender\tus\tMB\tshare")
+    failed = []
     for case in cases(shapes, requests, contexts):
-        for name, run in case.contenders.items():
-            seconds = measure(run)
-            share = case.num_bytes / seconds / bandwidth
-            figures = f"{seconds * 1e6:.1f}\t{case.num_bytes / 1e6:.3f}\t{share:.3f}"
-            print(f"{case.kernel}\t{case.requests}\t{case.context}\t{name}\t{figures}", flush=True)
+        failed += report(case, measure, bandwidth)
+    return int(any(name.startswith("ours") for name in failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -121,7 +121,7 @@ class Batch(NamedTuple):
     """[N * block] int64: where a row's KV goes."""
     segments: SegmentTable
     caches: list[Tensor]
-    """Per layer [pages, 2, page_size, kv_heads, head_dim], K and V of a page side by side."""
+    """Per layer [pages, kv_heads, page_size, 2 * head_dim], the engine's layout: K, then V."""
     context: int
     """Tokens of text before each canvas."""
     kv_len: int
@@ -140,7 +140,7 @@ def random_batch(config: ModelConfig, requests: int, context: int) -> Batch:
     page = page_table[:, position // c.page_size]
     canvas = torch.randint(2, c.vocab_size, (requests, c.block), device=device)
     canvas[:, c.sub_block :] = MASK
-    shape = (requests * pages, 2, c.page_size, c.kv_heads, c.head_dim)
+    shape = (requests * pages, c.kv_heads, c.page_size, 2 * c.head_dim)
 
     def int32(tensor: Tensor) -> Tensor:
         return tensor.to(device=device, dtype=torch.int32)
@@ -228,7 +228,7 @@ class Step:
         qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), sum(heads), c.head_dim)
         rotated = self.rotate(qkv[:, : c.q_heads + c.kv_heads], self.cos, self.sin)
         q, key = rotated.split(heads[:2], dim=1)
-        k_cache, v_cache = cache.unbind(1)
+        k_cache, v_cache = cache.transpose(1, 2).split(c.head_dim, dim=-1)
         write_kv(key, qkv[:, -c.kv_heads :], k_cache, v_cache, batch.slots)
         out = segment_attention(
             q,

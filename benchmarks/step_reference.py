@@ -40,9 +40,9 @@ def reference_step(
         )
         q, key = rotate(q, cos, sin), rotate(key, cos, sin)
         gathered = cache[pages].transpose(1, 2).flatten(2, 3)[:, :, : batch.kv_len - block]
-        context = gathered.to(compute_dtype).transpose(2, 3)
-        keys = torch.cat([context[:, 0], by_request(key)], dim=2)
-        values = torch.cat([context[:, 1], by_request(value)], dim=2)
+        old_keys, old_values = gathered.to(compute_dtype).split(c.head_dim, dim=-1)
+        keys = torch.cat([old_keys, by_request(key)], dim=2)
+        values = torch.cat([old_values, by_request(value)], dim=2)
         out = F.scaled_dot_product_attention(by_request(q), keys, values, enable_gqa=True)
         x = x + linear(out.transpose(1, 2).reshape(len(x), -1), layer.o, layer.o_bias)
         up = linear(normalize(x, layer.mlp_norm), layer.gate_up)
