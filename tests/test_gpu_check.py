@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts.gpu_check import __main__ as command
+from scripts.gpu_check import stages
 from scripts.gpu_check.cases import LENGTHS, MAX_TOKENS, MODES, bundled_cases
 from scripts.gpu_check.options import Options
 from scripts.gpu_check.result import Result
@@ -69,6 +71,27 @@ def test_a_stage_that_breaks_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STAGES, "eager", Stage(STAGES["eager"].run, 60, broken))
     failed = command.run_apart("eager", options)
     assert failed.status == "failed" and failed.detail == "exit status 1"
+
+
+@pytest.mark.parametrize(("spills", "status"), [("0", "ok"), ("16", "wrong")])
+def test_kernels_are_compiled_for_the_gpu_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, spills: str, status: str
+) -> None:
+    found = []
+
+    def command(*arguments: str) -> tuple[int, str]:
+        found.append(arguments[arguments.index("--targets") + 1])
+        row = ("sm_80", "bf16 4x128", "_write_kv_kernel", "28", spills, "0", "-", "16")
+        return 0, "target\tcase\n" + "\t".join(row) + "\n"
+
+    monkeypatch.setattr(stages, "command", command)
+    for capability in [(8, 0), (10, 0)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda own=capability: own)
+        result = STAGES["compiled"].run(Options(toy=False, model=None))
+        assert result.status == status
+        assert result.detail.startswith("1 launches")
+        assert ("_write_kv_kernel" in result.detail) == (status == "wrong")
+    assert found == ["80", "100"]
 
 
 def test_stored_tokens_are_of_every_mode_and_length() -> None:
