@@ -115,8 +115,13 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
         for tile in range(begin, end):
             n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             n_mask = n < kv_end
-            page = tl.load(page_row + n // PAGE_SIZE, mask=n_mask, other=0).to(tl.int64)
-            slot = n % PAGE_SIZE
+            if PAGE_SIZE % BLOCK_N == 0:  # one page holds the tile
+                first_key = tile * BLOCK_N
+                page = tl.load(page_row + first_key // PAGE_SIZE).to(tl.int64)
+                slot = first_key % PAGE_SIZE + tl.arange(0, BLOCK_N)
+            else:
+                page = tl.load(page_row + n // PAGE_SIZE, mask=n_mask, other=0).to(tl.int64)
+                slot = n % PAGE_SIZE
             kv_mask = n_mask[:, None] & dim_mask[None, :]
             k_row = k_head + page * stride_k_page + slot * stride_k_slot
             k = tl.load(k_row[:, None] + dim[None, :], mask=kv_mask, other=0.0)

@@ -10,6 +10,7 @@ engine's cache layout. Columns, tab-separated:
 
     case       types; for attention query heads of a KV head x head size, rows, parts of the keys
     spills     bytes of stack per thread
+    size       instructions of the program
     shared     bytes of shared memory per program
     buffers    tiles of K, and as many of V, that the loop over keys has room for
     resident   programs that an SM's registers and shared memory hold: arithmetic, no measurement
@@ -88,14 +89,15 @@ def compile_launch(
     print(f"sm_{target}", case, kernel.__name__, *usage(compiled, target), sep="\t", flush=True)
 
 
-def usage(compiled: CompiledKernel, target: int) -> tuple[int, int, int, str, int]:
-    """Registers, spills, shared memory, buffers and resident programs."""
+def usage(compiled: CompiledKernel, target: int) -> tuple[int, int, int, int, str, int]:
+    """Registers, spills, instructions, shared memory, buffers and resident programs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        command = [str(CUOBJDUMP), "-res-usage", "-sass", file.name]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, spills = map(int, re.findall(r"(?:REG|STACK):(\d+)", printed)[:2])
+    size = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", printed, re.MULTILINE))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     resident = min(
         REGISTERS // (-(-registers // 8) * 8 * 32 * warps),
@@ -104,7 +106,7 @@ def usage(compiled: CompiledKernel, target: int) -> tuple[int, int, int, str, in
     )
     # Tiles in shared memory, [buffers, keys, head size]; page ids have a dimension less.
     tiles = re.findall(r"ttg\.local_alloc.*?memdesc<(\d+)x\d+x\d+x\w+,", compiled.asm["ttgir"])
-    return registers, spills, shared, "/".join(sorted(set(tiles))) or "-", resident
+    return registers, spills, size, shared, "/".join(sorted(set(tiles))) or "-", resident
 
 
 class Shape(NamedTuple):
@@ -115,25 +117,29 @@ class Shape(NamedTuple):
     group: int
     head_dim: int
     rows: int
+    page_size: int = 16
 
     def __str__(self) -> str:
-        cache = TRITON_TYPES[self.cache_dtype]
-        return f"{cache} {self.group}x{self.head_dim}, {self.rows} rows"
+        cache, pages = TRITON_TYPES[self.cache_dtype], f", pages of {self.page_size}"
+        pages = "" if self.page_size == 16 else pages
+        return f"{cache} {self.group}x{self.head_dim}, {self.rows} rows{pages}"
 
 
 def attention_shapes(groups: list[int], heads: list[int], target: int) -> Iterator[Shape]:
-    """Canvases of 32 rows, a single row, and fp32, which is there for tests."""
+    """Canvases of 32 rows, also where a page holds a tile of keys, a single row, and fp32, which is
+    there for tests."""
     half = torch.bfloat16
     caches = (half, FP8) if target >= 89 else (half,)
     for cache_dtype, group, head_dim in product(caches, groups, heads):
         yield Shape(half, cache_dtype, group, head_dim, 32)
+    yield Shape(half, half, groups[0], heads[0], 32, page_size=64)
     yield Shape(half, half, groups[0], heads[0], 1)
     yield Shape(torch.float32, torch.float32, groups[0], heads[0], 32)
 
 
 def compile_attention(shape: Shape, target: int) -> None:
-    dtype, cache_dtype, group, head_dim, rows = shape
-    cache = torch.zeros(2, 8, 16, 2 * head_dim, dtype=cache_dtype)
+    dtype, cache_dtype, group, head_dim, rows, page_size = shape
+    cache = torch.zeros(2, 8, page_size, 2 * head_dim, dtype=cache_dtype)
     k_cache, v_cache = cache.transpose(1, 2).split(head_dim, dim=-1)
     scales = KVScales(torch.tensor(1.0), torch.tensor(1.0)) if cache_dtype == FP8 else None
     new = torch.zeros(rows, 8, head_dim, dtype=dtype)
@@ -170,7 +176,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs="+", default=[128, 64, 96, 256])
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    print("target\tcase\tkernel\tregisters\tspills\tshared\tbuffers\tresident")
+    print("target\tcase\tkernel\tregisters\tspills\tsize\tshared\tbuffers\tresident")
     for target in given.targets:
         attention.shared_memory = lambda device, target=target: SHARED_KIB[target] * 1024
         for shape in attention_shapes(given.groups, given.heads, target):
