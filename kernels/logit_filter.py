@@ -27,6 +27,8 @@ from .logits import (
 )
 
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
+# A program reads its rows many times, one tile after another: the next ones are on their way.
+STAGES = tl.constexpr(4)
 
 
 @triton.jit
@@ -37,53 +39,54 @@ def ordered_key(x, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def count_and_mass_above(  # type: ignore[no-untyped-def]
+def amount_above(  # type: ignore[no-untyped-def]
     key,
     floor,
     rows,
+    MASS: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     HAS_BAN: tl.constexpr,
 ):
-    """Per row: how many logits lie above a key, and the sum of their weights 2^(scale (x - best)),
-    without exponents below the floor."""
+    """Per row, fp64: the sum of the weights 2^(scale (x - best)) of the logits above a key, without
+    exponents below the floor, or how many logits there are."""
     row_ptr, best, scale, vocab_size, banned_id = rows
-    count = tl.zeros([BLOCK_R, BLOCK_V], tl.int32)
-    mass = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    for start in range(0, vocab_size, BLOCK_V):
+    amount = tl.zeros([BLOCK_R, BLOCK_V], tl.float32 if MASS else tl.int32)
+    for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
         offsets = (start + tl.arange(0, BLOCK_V))[None, :]
         x = load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN)
         above = ordered_key(x, SHIFT) > key[:, None]
-        exponent = (x - best[:, None]) * scale[:, None]
-        count += above.to(tl.int32)
-        mass += tl.where(above & (exponent >= floor[:, None]), tl.exp2(exponent), 0.0)
-    return tl.sum(count, axis=1), tl.sum(mass.to(tl.float64), axis=1)
+        if MASS:
+            exponent = (x - best[:, None]) * scale[:, None]
+            amount += tl.where(above & (exponent >= floor[:, None]), tl.exp2(exponent), 0.0)
+        else:
+            amount += above.to(tl.int32)
+    return tl.sum(amount.to(tl.float64), axis=1)
 
 
 @triton.jit
 def filter_threshold(  # type: ignore[no-untyped-def]
     low,
     high,
-    k,
     limit,
     floor,
     rows,
+    MASS: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     HAS_BAN: tl.constexpr,
 ):
-    """Per row: the smallest key in [low, high] with fewer than `k` logits and less mass than
-    `limit` above it. Both hold at the key of the largest logit and stay true as the key grows.
+    """Per row: the smallest key in [low, high] with less than `limit` above it, logits or mass.
+    That holds at the key of the largest logit and stays true as the key grows.
     """
     while tl.max((low < high).to(tl.int32), axis=0) > 0:
         middle = (low & high) + ((low ^ high) >> 1)  # the floor of their mean, without overflow
-        count, mass = count_and_mass_above(middle, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
-        holds = (count < k) & (mass < limit)
+        amount = amount_above(middle, floor, rows, MASS, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
         searching = low < high
-        high = tl.where(searching & holds, middle, high)
-        low = tl.where(searching & (~holds), middle + 1, low)
+        high = tl.where(searching & (amount < limit), middle, high)
+        low = tl.where(searching & (amount >= limit), middle + 1, low)
     return low
 
 
@@ -102,7 +105,7 @@ def last_equal(  # type: ignore[no-untyped-def]
     row_ptr, best, scale, vocab_size, banned_id = rows
     last = tl.zeros([BLOCK_R], tl.int32)
     before = tl.zeros([BLOCK_R], tl.int32)
-    for start in range(0, vocab_size, BLOCK_V):
+    for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
         offsets = (start + tl.arange(0, BLOCK_V))[None, :]
         x = load_logits(row_ptr, offsets, vocab_size, banned_id, HAS_BAN)
         equal = ordered_key(x, SHIFT) == key[:, None]
@@ -130,10 +133,7 @@ def top_k_threshold(  # type: ignore[no-untyped-def]
     vocab_size = rows[3]
     k = tl.where(top_k > 0, tl.minimum(top_k, vocab_size), vocab_size).to(tl.int32)
     high = tl.where(k < vocab_size, ordered_key(rows[1], SHIFT), lowest)
-    no_limit = tl.full([BLOCK_R], float("inf"), tl.float64)
-    return filter_threshold(
-        lowest, high, k, no_limit, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
-    )
+    return filter_threshold(lowest, high, k, floor, rows, False, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
 
 
 @triton.jit
@@ -150,16 +150,15 @@ def top_p_boundary(  # type: ignore[no-untyped-def]
     """Per row: the smallest key that top_p keeps of the logits from `lowest` and `floor` on, and
     the last token that it keeps of those with this key."""
     vocab_size = rows[3]
-    _count, mass = count_and_mass_above(lowest - 1, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
+    mass = amount_above(lowest - 1, floor, rows, True, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
     limit = tl.maximum(top_p, 0.0).to(tl.float64) * mass
-    everything = tl.zeros([BLOCK_R], tl.int32) + vocab_size
     high = tl.where(top_p < 1.0, ordered_key(rows[1], SHIFT), lowest)
     threshold = filter_threshold(
-        lowest, high, everything + 1, limit, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
+        lowest, high, limit, floor, rows, True, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN
     )
-    _count, above = count_and_mass_above(threshold, floor, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
+    above = amount_above(threshold, floor, rows, True, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
     last = last_equal(threshold, limit - above, rows, SHIFT, BLOCK_R, BLOCK_V, HAS_BAN)
-    return threshold, tl.where(top_p < 1.0, last, everything)
+    return threshold, tl.where(top_p < 1.0, last, vocab_size)
 
 
 @triton.jit(do_not_specialize=["num_rows", "banned_id"])
@@ -195,7 +194,7 @@ def _filter_bounds_kernel(  # type: ignore[no-untyped-def]
     if tl.max(needed.to(tl.int32), axis=0) == 0:
         return
     tops = tl.full([BLOCK_R, BLOCK_V], LOWEST, tl.float32)
-    for start in range(0, vocab_size, BLOCK_V):
+    for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
         offsets = (start + tl.arange(0, BLOCK_V))[None, :]
         tops = tl.maximum(tops, load_logits(x_ptr, offsets, vocab_size, banned_id, HAS_BAN))
     top = tl.max(tops, axis=1)
