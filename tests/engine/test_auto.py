@@ -163,6 +163,16 @@ def test_rows_of_a_draft_count_beside_those_of_its_text() -> None:
     assert chosen.rows_of(32, 10) == 960
 
 
+def test_rows_that_are_computed_anyway_save_nothing() -> None:
+    """With static shapes a narrow draft takes as long as a wide one, which gives more tokens."""
+    cost = CostModel()
+    for _ in range(20):
+        cost.observe(64 * 32, 20e-3)
+    for static, wide in ((False, False), (True, True)):
+        chosen = DraftChooser(cost, max_width=32, max_forwards=1, static=static)
+        assert (most_common(serve(chosen, 0.8, 64)) == 32) == wide
+
+
 def test_a_large_batch_of_dear_rows_soon_decodes_one_token() -> None:
     """From the first forward on, of a machine and a text that nothing is known of: 64 requests,
     whose forwards take what their rows do, half of it beside the model."""

@@ -48,7 +48,11 @@ class AutoDrafts:
         self.sets_limits = not static
         self._agree = agree
         self.chooser = DraftChooser(
-            CostModel(), options.config.block_length, steps_per_schedule, seconds_per_schedule
+            CostModel(),
+            options.config.block_length,
+            steps_per_schedule,
+            seconds_per_schedule,
+            static,
         )
         self._drafting = np.zeros(0, np.bool_)
         self._arriving: list[tuple[torch.cuda.Event | None, np.ndarray, np.ndarray, Tensor]] = []

@@ -49,7 +49,12 @@ class DraftChooser:
     """Chooses one width for all `auto` requests of a batch, and what is verified and drafted."""
 
     def __init__(
-        self, cost: CostModel, max_width: int, max_forwards: int, max_seconds: float = math.inf
+        self,
+        cost: CostModel,
+        max_width: int,
+        max_forwards: int,
+        max_seconds: float = math.inf,
+        static: bool = False,
     ) -> None:
         """
         Args:
@@ -57,9 +62,10 @@ class DraftChooser:
             max_width: most columns of a draft.
             max_forwards: forwards that a schedule may run.
             max_seconds: of a schedule, after which none begins.
+            static: a request has `max_width` rows whatever it drafts.
         """
         self.cost = cost
-        self.max_width = max_width
+        self.max_width, self.static = max_width, static
         self.room = max_width  # tokens that a schedule may emit for a request
         self.max_forwards, self.max_seconds = max_forwards, max_seconds
         self.widths = [width for width in WIDTHS if width <= max_width]
@@ -168,7 +174,8 @@ class DraftChooser:
 
     def rows_of(self, width: int, num_requests: int) -> int:
         """Expected of a forward of so many requests whose drafts have `width` columns."""
-        return round(num_requests * width * float(self._rows[width]))
+        columns = self.max_width if self.static else width * float(self._rows[width])
+        return round(num_requests * columns)
 
     def choose(self, num_requests: int, other_rows: int) -> int:
         """The width of the next canvases.
