@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+# Ray's workers run at nice 15: beside another busy process they would hardly run at all.
+os.environ["RAY_worker_niceness"] = "0"
+
 
 @pytest.fixture(scope="module")
 def ray_environment() -> Iterator[dict[str, str]]:
