@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scripts.gpu_check import __main__ as command
-from scripts.gpu_check import stages
+from scripts.gpu_check import engines, stages
 from scripts.gpu_check.cases import LENGTHS, MAX_TOKENS, MODES, bundled_cases
 from scripts.gpu_check.options import Options
 from scripts.gpu_check.result import Result
@@ -27,6 +27,8 @@ def test_a_rehearsal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         name: "skipped" if name in skipped else "ok" for name in chosen
     }
     assert found["eager"]["detail"] == "3 requests, 3 modes: all tokens as stored"
+    steps = found["eager"]["figures"]["steps"]
+    assert steps["all"]["none"] > steps["alone"]["none"] > 0
     assert all(found[name]["detail"] and found[name]["figures"]["seconds"] for name in chosen)
     table = capfd.readouterr().out.rpartition("stage ")[2]
     assert [line.split()[0] for line in table.splitlines()[1:]] == chosen
@@ -92,6 +94,31 @@ def test_kernels_are_compiled_for_the_gpu_that_is_there(
         assert result.detail.startswith("1 launches")
         assert ("_write_kv_kernel" in result.detail) == (status == "wrong")
     assert found == ["80", "100"]
+
+
+@pytest.mark.parametrize(
+    ("alone", "steps", "status"),
+    [
+        ({"full": 9}, {"full": 15, "piecewise": 5}, "ok"),
+        ({"full": 8, "none": 1}, {"full": 15, "none": 5}, "wrong"),
+        ({}, {}, "wrong"),
+    ],
+)
+def test_requests_that_are_alone_run_in_full_graphs(
+    alone: dict[str, float], steps: dict[str, float], status: str
+) -> None:
+    found = Result("ok", "tokens", {"steps": {"alone": alone, "all": steps}})
+    judged = engines.judge_graphs(found)
+    assert judged.status == status
+    assert ("75% of 20 steps" in judged.detail) == bool(steps)
+    assert ("1 of requests that were alone" in judged.detail) == ("none" in alone)
+
+
+def test_memory_stays_within_what_vllm_was_given() -> None:
+    gib = 1 << 30
+    assert engines.judge_memory(3 * gib, 4 * gib, 8 * gib).status == "ok"
+    more = engines.judge_memory(3 * gib, 4 * gib + 1, 8 * gib)
+    assert more.status == "wrong" and "1024 MiB more" in more.detail
 
 
 def test_stored_tokens_are_of_every_mode_and_length() -> None:

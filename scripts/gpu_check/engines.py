@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,8 @@ from scripts.gpu_check.options import Options
 from scripts.gpu_check.result import Result, Skip
 
 BUNDLED = Path(__file__).resolve().parents[2] / "examples" / "nbdiff-nano"
-FULL = "CUDAGraphMode.FULL"
+STEPS = "vllm:diffusion_num_device_steps"
+UTILIZATION = 0.5
 TOY_MODES = ("diffusion", "verify", "constraints")
 NEEDS_GPU = "CUDA graphs need a GPU"
 
@@ -33,7 +31,7 @@ def bundled(options: Options, **arguments: Any) -> Any:
         "dtype": "float32",  # what the tokens were stored in
         "max_model_len": 512,
         "max_num_seqs": 24,
-        "gpu_memory_utilization": 0.5,
+        "gpu_memory_utilization": UTILIZATION,
         "disable_log_stats": False,
     }
     if options.toy:
@@ -78,14 +76,22 @@ def compare(llm: Any, options: Options) -> Result:
     if options.toy:
         cases, limit = [c for c in cases if c.mode in TOY_MODES and len(c.prompt) == 7], 8
     alone = {case.mode: case for case in cases}
-    wrong = []
-    for batch in [*([case] for case in alone.values()), cases]:
-        for case, found in zip(batch, answers(llm, batch, limit), strict=True):
-            if found != list(case.tokens[:limit]):
-                wrong.append(f"{case.name} of {len(batch)}")
+    wrong, steps = [], {}
+    for name, batches in {"alone": [[c] for c in alone.values()], "all": [cases]}.items():
+        for batch in batches:
+            for case, found in zip(batch, answers(llm, batch, limit), strict=True):
+                if found != list(case.tokens[:limit]):
+                    wrong.append(f"{case.name} of {len(batch)}")
+        steps[name] = device_steps(llm)
     found_all = f"{len(wrong)} wrong: {', '.join(wrong[:4])}" if wrong else "all tokens as stored"
     detail = f"{len(cases)} requests, {len(alone)} modes: {found_all}"
-    return Result("wrong" if wrong else "ok", detail, {"wrong": wrong, "requests": len(cases)})
+    figures = {"wrong": wrong, "requests": len(cases), "steps": steps}
+    return Result("wrong" if wrong else "ok", detail, figures)
+
+
+def device_steps(llm: Any) -> dict[str, float]:
+    """Steps that had canvases until now, by the kind of CUDA graph that they ran in."""
+    return {m.labels["graph"]: m.value for m in llm.get_metrics() if m.name == STEPS}
 
 
 def eager(options: Options) -> Result:
@@ -116,33 +122,22 @@ def monitored(options: Options) -> Result:
 
 
 def counted(options: Options, **arguments: Any) -> Result:
-    """`compare`, and which share of steps ran in which kind of graph."""
-    with graph_modes() as modes:
-        result = compare(bundled(options, cudagraph_metrics=True, **arguments), options)
-    steps = modes.total()
-    share = modes[FULL] / steps if steps else 0.0
-    result.figures["steps"] = dict(modes)
-    result.detail += f"; {share:.0%} of {steps} steps in full graphs"
+    """`compare`, and which steps ran in full graphs: of requests that are alone every one."""
+    result = compare(bundled(options, **arguments), options)
+    return judge_graphs(result)
+
+
+def judge_graphs(result: Result) -> Result:
+    """What `compare` found, wrong where a request that was alone left the full graphs."""
+    alone, steps = result.figures["steps"]["alone"], result.figures["steps"]["all"]
+    count = sum(steps.values())
+    share = steps.get("full", 0) / count if count else 0.0
+    result.detail += f"; {share:.0%} of {count:.0f} steps in full graphs"
+    if outside := sum(alone.values()) - alone.get("full", 0):
+        result.detail += f"; {outside:.0f} of requests that were alone outside of them"
+    if outside or not count:
+        result.status = "wrong"
     return result
-
-
-@contextmanager
-def graph_modes() -> Iterator[Counter[str]]:
-    """Counts steps by what vLLM reports of their graphs."""
-    from vllm.compilation.cuda_graph import CUDAGraphLogging
-
-    modes: Counter[str] = Counter()
-    observe = CUDAGraphLogging.observe
-
-    def counting(self: Any, stat: Any) -> None:
-        modes[stat.runtime_mode] += 1
-        observe(self, stat)
-
-    CUDAGraphLogging.observe = counting
-    try:
-        yield modes
-    finally:
-        CUDAGraphLogging.observe = observe
 
 
 def memory(options: Options) -> Result:
@@ -166,9 +161,20 @@ def memory(options: Options) -> Result:
     ]
     prompts: Any = [{"prompt_token_ids": list(range(10, 42))} for _ in params]
     llm.generate(prompts, params, use_tqdm=False)
-    grown = torch.cuda.max_memory_reserved() - started
-    detail = f"{grown / 2**20:.0f} MiB more than after start-up, {count} requests"
-    return Result("ok", detail, {"start_bytes": started, "grown_bytes": grown})
+    return judge_memory(
+        started, torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    )
+
+
+def judge_memory(started: int, most: int, total: int) -> Result:
+    """Bytes reserved after start-up and at most, against the share of a GPU that vLLM was given."""
+    limit = UTILIZATION * total
+    detail = (
+        f"{(most - started) / 2**20:.0f} MiB more than after start-up,"
+        f" {most / 2**30:.2f} of {limit / 2**30:.2f} GiB"
+    )
+    figures = {"start_bytes": started, "most_bytes": most, "limit_bytes": limit}
+    return Result("ok" if most <= limit else "wrong", detail, figures)
 
 
 def model(options: Options) -> Result:

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 # Ray's workers run at nice 15: beside another busy process they would hardly run at all.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ |= {"RAY_worker_niceness": "0"}
 
 
 @pytest.fixture(scope="module")
