@@ -103,7 +103,8 @@ class Run:
             build(folder)
             with self.engines(folder, self.options.dtype) as engines:
                 workload = self.forced(folder, engines[DIFFUSION], tpf)
-                chance = find_chance(2 * verify_tpf, DEFAULT_DRAFT_LENGTH)
+                # Of two forwards the one that makes the draft gives a token.
+                chance = find_chance(2 * verify_tpf - 1, DEFAULT_DRAFT_LENGTH)
                 engines[VERIFY].force_acceptance(chance)
                 self.console.print(
                     f"125m: {workload.dtype}, {workload.mix} for {tpf:.2f} tokens per forward",

@@ -121,6 +121,7 @@ class Canvases:
             top_p=self._column(1.0),
             min_p=self._column(0.0),
             verifies=no,
+            drafts=no,
             fuses=no,
             constrained=no,
             caches=no,

@@ -25,8 +25,7 @@ def start(
     """The attention backend that start-up leaves selected."""
     vllm_nbdiff.register()
     monkeypatch.setattr(current_platform, "is_cpu", lambda: cpu)
-    checks = ("_refuse_on_cpu", "_keep_float32_on_cpu")
-    for name in (*checks, "_limit_cpu_kv_cache", "set_cpu_environment"):
+    for name in ("_refuse_on_cpu", "_limit_cpu_kv_cache", "set_cpu_environment"):
         monkeypatch.setattr(startup, name, lambda *_: None)
     selected = None if backend is None else AttentionBackendEnum[backend]
     vllm_config = SimpleNamespace(

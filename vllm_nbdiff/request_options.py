@@ -102,10 +102,16 @@ class RequestOptions:
         return self.draft_steps or DEFAULT_DRAFT_STEPS
 
     @property
+    def drafts_reading(self) -> bool:
+        """Whether drafts are made in the forwards that read text, not in some of their own."""
+        drafts = self.mode in ("verify", "auto") and self.draft_width > 1
+        return drafts and not self.fused_commit and self.verify_steps == 1
+
+    @property
     def break_points(self) -> int:
         """Places at which a verified draft may break off for which the next one is made in the same
-        forward, at most; 0: drafts have forwards of their own."""
-        if self.mode not in ("verify", "auto") or self.fused_commit or self.verify_steps > 1:
+        forward, at most; 0: a forward reads what follows, and drafts behind it."""
+        if not self.drafts_reading:
             return 0
         most = DEFAULT_FAN_OUT if self.fan_out is None else self.fan_out
         return min(most, self.draft_width, self.max_drafts)

@@ -181,7 +181,6 @@ def set_platform_defaults(vllm_config: Any, config: BlockDiffusionConfig) -> Non
 
     if current_platform.is_cpu():
         _refuse_on_cpu(vllm_config)
-        _keep_float32_on_cpu(vllm_config)
         _limit_cpu_kv_cache(vllm_config)
         set_cpu_environment()
         backend = AttentionBackendEnum.CPU_ATTN
@@ -211,29 +210,6 @@ def _refuse_on_cuda(vllm_config: Any, config: BlockDiffusionConfig) -> None:
     if not config.static_shapes:
         raise ValueError("--additional-config: nbdiff.static_shapes=false needs a CPU")
     refuse_graphs(vllm_config, copies_kv=not config.family.block_causal)
-
-
-def _keep_float32_on_cpu(vllm_config: Any) -> None:
-    """Serve a float32 checkpoint in float32 on a CPU that does not compute in bfloat16.
-
-    vLLM's `--dtype auto` turns float32 into bfloat16; without AVX-512 that is several times slower,
-    more so for blocks than for single tokens.
-    """
-    import torch
-    from vllm.logger import init_logger
-
-    model = vllm_config.model_config
-    stored = getattr(model.hf_config, "dtype", None)
-    if (
-        model.dtype == torch.bfloat16
-        and stored in (torch.float32, "float32")
-        and not torch.cpu._is_avx512_bf16_supported()
-    ):
-        init_logger(LOGGER).warning(
-            "Serving the float32 checkpoint in float32, not bfloat16: this CPU has no bfloat16 "
-            "arithmetic"
-        )
-        model.dtype = torch.float32
 
 
 def _limit_cpu_kv_cache(vllm_config: Any) -> None:

@@ -127,16 +127,19 @@ class _Module:
                 yield from self._all_statements(node.body, typing)
 
     def _patched(self, call: ast.Call) -> None:
-        """A replaced function must stand in the very class that is patched."""
+        """A replaced function must stand in the very class or module that is patched."""
         owner, name = self._imported(ast.unparse(call.args[0])), ast.literal_eval(call.args[1])
         if owner is None:
             return  # the missing import is a row of its own
-        node = own_members(owner.node).get(name) if isinstance(owner.node, ast.ClassDef) else None
+        if isinstance(owner.node, ast.ClassDef):
+            node, whole = own_members(owner.node).get(name), f"{owner.name}.{name}"
+        else:
+            node, whole = self.tree.bindings(owner.module, False).get(name), name
         if isinstance(node, Function):
             self._add(call, "patch", f"{owner}.{name}", None)
-            self.contract.place(Definition(owner.module, f"{owner.name}.{name}", node))
+            self.contract.place(Definition(owner.module, whole, node))
         else:
-            self._add(call, "patch", f"{owner}.{name}", "is not defined by this class")
+            self._add(call, "patch", f"{owner}.{name}", "is not defined there")
 
     def _imported(self, name: str) -> Definition | None:
         """What an import of this module, anywhere in it, binds to a name."""

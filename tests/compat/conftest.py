@@ -2,6 +2,7 @@
 """What tests of the patches share."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def served(golden_checkpoint: Path) -> VllmConfig:
     ).create_engine_config()
 
 
-def stock(owner: type, name: str) -> Any:
+def stock(owner: type | ModuleType, name: str) -> Any:
     """vLLM's own function."""
     attribute = owner.__dict__[name]
     return (attribute.fget if isinstance(attribute, property) else attribute).__wrapped__

@@ -44,12 +44,16 @@ def plan_of_batch(
     room: int,
     facts: dict[str, Any],
     columns: dict[str, list[Any]],
+    given: dict[str, torch.Tensor] | None = None,
+    widths: torch.Tensor | None = None,
 ) -> Plan:
-    """Of several requests with pages below `room` each; `columns` of their options."""
+    """Of several requests with pages below `room` each; `columns` of their options, what is `given`
+    of their batch, `widths` of their canvases."""
     count, length = len(canvases), len(canvases[0])
     one = torch.ones(count, dtype=torch.int64)
     state = Canvas(
-        torch.tensor(canvases), torch.tensor(starts), length * one, 0 * one,
+        torch.tensor(canvases), torch.tensor(starts),
+        length * one if widths is None else widths, 0 * one,
         torch.tensor(guesses), -one, 0 * one, 0 * one,
     )  # fmt: skip
     defaults = {"block_length": length, "sub_block_length": length, "max_steps": 1 << 30}
@@ -63,7 +67,7 @@ def plan_of_batch(
         prompt_ends=one < 0,
         room=room * one,
         max_rows=(1 << 20) * one,
-    )
+    )._replace(**given or {})
     known: dict[str, Any] = {"mask_token_id": MASK, "max_model_len": 1 << 20, "rules": (0,)}
     known |= {"page_size": page_size, "prefills": False, "fuses": False, "caches": False}
     return make_plan(table, state, own, batch, Facts(**(known | facts)))
@@ -92,7 +96,8 @@ def seen_by_segments(
             if one * page_size + offset in before:
                 kv[other * page_size + offset] = before[one * page_size + offset]
     rows = token_rows(segments, None)
-    first_canvas = segments.length.shape[1] - plan.canvases.exists.shape[1]
+    exists = plan.canvases.exists
+    first_canvas = segments.length.shape[1] - exists.shape[1] * int(exists.any())
     whose = [
         "text" if place < first_canvas else str(place - first_canvas)
         for place in rows.segment.tolist()

@@ -13,7 +13,7 @@ from vllm_nbdiff.decoding.canvas import NO_TOKEN, CanvasTable
 from vllm_nbdiff.decoding.decide import Text
 from vllm_nbdiff.decoding.fan_out import drafts, likeliest, survival
 from vllm_nbdiff.engine.lookahead import break_point_room
-from vllm_nbdiff.families.family import NBDIFF, NEMOTRON
+from vllm_nbdiff.families.family import NBDIFF, NEMOTRON, Family
 
 
 @given(
@@ -50,7 +50,7 @@ def test_chance_that_a_column_and_all_before_it_hold() -> None:
 
 
 @given(
-    st.integers(0, 300), st.integers(2, 32), st.integers(1, 32), st.integers(1, 9),
+    st.integers(0, 300), st.integers(2, 32), st.integers(1, 32), st.integers(0, 9),
     st.sampled_from([1, 16, 32, 128]), st.integers(0, 400), st.booleans(),
     st.sampled_from([NBDIFF, NEMOTRON]), st.data(),
 )  # fmt: skip
@@ -62,13 +62,13 @@ def test_a_canvas_sees_the_text_up_to_its_break_point_and_itself(
     known, count = min(known, length), min(count, length)
     chances = st.floats(0, 1, width=32)
     confidence = data.draw(st.lists(chances, min_size=length, max_size=length))
-    room = start + length + break_point_room(count, length, page_size)
+    room = start + length + break_point_room(count, length, page_size) + family.known_rows
     room = max(room - less, start + length)
     tokens = [1] * known + [MASK] * (length - known)
     plan = plan_of(
         start, tokens, page_size, room,
-        {"fan_out": count, "denoises": False, "family": family}, confidence,
-        fan_out=count, verifies=True,
+        {"drafts": True, "fan_out": count, "denoises": False, "family": family}, confidence,
+        drafts=True, fan_out=count, verifies=True,
     )  # fmt: skip
     canvases = plan.canvases
     assert int(plan.text[0]) == known
@@ -77,13 +77,18 @@ def test_a_canvas_sees_the_text_up_to_its_break_point_and_itself(
     existing = canvases.exists[0].nonzero()[:, 0].tolist()
     assert len(seen) == 1 + len(existing)
     for place, own in zip(existing, seen[1:], strict=True):
-        begin, rows = int(canvases.start[0, place]), length - int(family.shifts)
+        begin, rows = int(canvases.start[0, place]), int(canvases.high[0, place])
+        whole = length - int(family.shifts)
+        # Behind a token that is read alone a canvas is narrower where there is no room for it.
+        assert rows == (min(whole, room - begin) if known == 1 else whole)
         text = [(position, "text") for position in range(begin)]
         assert own == text + [(begin + column, str(place)) for column in range(rows)]
     if not less:
         # One that crosses the end of a page may take the room of another one.
-        fits = 1 if page_size < length else count // 2
-        assert len(existing) >= min(fits, known)
+        fits = min(count, 1) if page_size < length else count // 2
+        assert len(existing) >= (1 if known == 1 else min(fits, known))
+    if known > 1:
+        assert len(existing) <= count
 
 
 @pytest.mark.parametrize("fan_out", [0, 4])
@@ -93,13 +98,14 @@ def test_nothing_behind_the_end_of_a_request_is_verified(fan_out: int) -> None:
     table.stops[:, 3] = True
     own = {
         "verifies": [True, True, True, False],
+        "drafts": [True, True, True, False],
         "fan_out": 3 * [fan_out] + [0],
         "first_stop": [11, 12, 0, 0],  # the second one goes on, as of `min_tokens`
         "last_position": [100, 100, 12, 100],  # behind column 1 one token is left
         "max_steps": [0, 0, 0, 1 << 30],
     }
     canvases = [[1, 3, 4, 3], [1, 3, 4, 3], [1, 4, 4, 4], [1, 3, 4, 3]]
-    facts = {"fan_out": fan_out, "denoises": True, "verifies": True}
+    facts = {"drafts": True, "fan_out": fan_out, "denoises": True, "verifies": True}
     plan = plan_of_batch(table, 4 * [10], canvases, 4 * [NO_TOKEN], 1, 200, facts, own)
     assert plan.text.tolist() == [2, 4, 3, 4]
     assert plan.segments.length[:, 0].tolist() == [2, 4, 3, 4]
@@ -108,11 +114,42 @@ def test_nothing_behind_the_end_of_a_request_is_verified(fan_out: int) -> None:
     assert behind == ([[11], [11, 12, 13], [11], []] if fan_out else 4 * [[]])
 
 
+@pytest.mark.parametrize(("family", "width"), [(NBDIFF, 8), (NEMOTRON, 7)])
+def test_a_token_that_is_read_alone_has_a_canvas_behind_it(family: Family, width: int) -> None:
+    """No wider than there are rows, where the text may go on; a drafted text has none behind it."""
+    table = CanvasTable(7, 8, 16, torch.device("cpu"))
+    table.stops[:, 3] = True
+    known = [[1], [1], [3], [1, 2], [1], [1], [1]]
+    canvases = [tokens + [MASK] * (8 - len(tokens)) for tokens in known]
+    own = {
+        "verifies": 7 * [True],
+        "drafts": [True, True, True, True, False, True, True],
+        "last_position": [100, 14, 100, 100, 100, 11, 9],
+        "max_steps": 7 * [1],
+    }
+    facts = {"drafts": True, "verifies": True, "family": family}
+    given = {"max_rows": torch.tensor([8, 9, 9, 9, 8, 8, 8])}
+    # The last one has ended, which was not known when it was scheduled.
+    widths = torch.tensor([8, 8, 8, 8, 8, 2, 0])
+    plan = plan_of_batch(
+        table, 7 * [10], canvases, 7 * [NO_TOKEN], 1, 200, facts, own, given, widths
+    )
+    assert plan.text.tolist() == [1, 1, 1, 2, 0, 1, 0]
+    assert plan.canvases.exists[:, 0].tolist() == [True, True, False, False, True, False, False]
+    assert plan.canvases.start[:2, 0].tolist() == [11, 11]
+    assert plan.canvases.width[:2, 0].tolist() == [width, 4]
+    high = plan.canvases.high[:, 0] - 1 + int(family.shifts)
+    assert high[:2].tolist() == [width - 1, 3]
+    # The first column stands for the token that the text's row gives.
+    assert plan.canvases.active[0, 0].tolist() == [0 < j < width for j in range(8)]
+    assert not plan.look[:4].any() and plan.look[4]
+
+
 def test_the_draft_behind_the_break_is_the_next_one() -> None:
     length = 4
     plan = plan_of(
-        10, [1, 2, 3, 4], 1, 200, {"fan_out": 2, "denoises": False}, [1, 0.9, 0.2, 0.9],
-        fan_out=2, verifies=True,
+        10, [1, 2, 3, 4], 1, 200, {"drafts": True, "fan_out": 2, "denoises": False},
+        [1, 0.9, 0.2, 0.9], drafts=True, fan_out=2, verifies=True,
     )  # fmt: skip
     assert (plan.canvases.start[0] - 11).tolist() == [1, 3]
     token = torch.arange(2 * length).view(1, 2, length) + 20

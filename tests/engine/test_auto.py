@@ -18,9 +18,9 @@ def chooser(seconds_of_row: float) -> DraftChooser:
     return DraftChooser(cost, max_width=32, max_forwards=16)
 
 
-def seen(width: int, text: int, held: int, hit: int, rows: int, fan_out: int = 0) -> Verified:
+def seen(width: int, text: int, held: int, hit: int, rows: int, drafts: int = 0) -> Verified:
     """One text."""
-    return Verified(*np.array([[width], [text], [held], [hit], [rows], [fan_out]]))
+    return Verified(*np.array([[width], [text], [held], [hit], [rows], [drafts]]))
 
 
 def serve(chosen: DraftChooser, chance: float, requests: int, drafts: int = 400) -> list[int]:
@@ -122,10 +122,10 @@ def test_drafts_that_are_there_save_forwards() -> None:
         chosen.observe(seen(16, 16, 8, hit=0, rows=16))
     assert chosen.tokens_per_forward(16) == pytest.approx(8 / 2, rel=0.05)
     for _ in range(600):
-        chosen.observe(seen(16, 16, 8, hit=0, rows=16, fan_out=True))
+        chosen.observe(seen(16, 16, 8, hit=0, rows=16, drafts=True))
     assert chosen.tokens_per_forward(16) == pytest.approx((8 + 1) / 2, rel=0.05)
     for _ in range(600):
-        chosen.observe(seen(16, 16, 8, hit=1, rows=60, fan_out=True))
+        chosen.observe(seen(16, 16, 8, hit=1, rows=60, drafts=True))
     assert chosen.tokens_per_forward(16) == pytest.approx(8, rel=0.05)
 
 
@@ -158,7 +158,7 @@ def test_rows_of_a_draft_count_beside_those_of_its_text() -> None:
     chosen = chooser(0.0)
     for _ in range(600):
         chosen.observe(seen(16, 8, 8, hit=0, rows=8))
-        chosen.observe(seen(32, 32, 8, hit=0, rows=96, fan_out=1))
+        chosen.observe(seen(32, 32, 8, hit=0, rows=96, drafts=1))
     assert chosen.rows_of(16, 10) == 120
     assert chosen.rows_of(32, 10) == 960
 
@@ -264,3 +264,14 @@ def test_columns_that_are_never_reached_stay_known() -> None:
     for _ in range(40_000):
         chosen.observe(seen(8, 8, 4, hit=0, rows=8))
     assert 1 < chosen.tokens_per_forward(32) < 16
+
+
+def test_what_has_no_canvas_teaches_nothing() -> None:
+    """A request that ended may be read once more with none, or less than none."""
+    chosen, plain = chooser(1e-5), chooser(1e-5)
+    for width in (0, -3, 1, 0):
+        chosen.observe(seen(width, 1, 1, hit=0, rows=1, drafts=1))
+    widths = [own.choose(4, other_rows=0) for own in (chosen, plain)]
+    assert widths[0] == widths[1]
+    assert chosen.rows_of(32, 4) == plain.rows_of(32, 4)
+    assert chosen.tokens_per_forward(16) == plain.tokens_per_forward(16)

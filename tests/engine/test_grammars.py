@@ -218,6 +218,23 @@ def test_no_illegal_token_is_emitted_last(plain_engine: Any) -> None:
     assert endings(generate(plain_engine, requests)) == [("abort", [])] * len(requests)
 
 
+def test_an_aborted_text_is_all_that_was_legal(plain_engine: Any) -> None:
+    """In every lossless mode, whatever its schedules held beside it."""
+    wanted = "Answer: 12 eggs and then 3"
+    short = [
+        (PROMPTS[i], params(None, max_tokens=1 + i, extra_args={"nbdiff_mode": "ar"}))
+        for i in range(3)
+    ]
+    found = set()
+    for extra in [*LOSSLESS, {"nbdiff_mode": "auto"}]:
+        request = PROMPTS[0], params({"choice": [wanted]}, min_tokens=40, extra_args=extra)
+        for beside in ([], short):
+            ended = generate(plain_engine, [request, *beside])[0].outputs[0]
+            assert (ended.finish_reason, ended.text) == ("abort", wanted)
+            found.add(tuple(ended.token_ids))
+    assert len(found) == 1
+
+
 def test_a_broken_matcher_ends_its_request_alone(
     plain_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

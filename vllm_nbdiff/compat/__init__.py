@@ -8,6 +8,7 @@ Each patch is idempotent and says its symptom, where upstream decides it, and wh
 from __future__ import annotations
 
 from vllm_nbdiff.compat.bodies import cure_request_models
+from vllm_nbdiff.compat.dtype import keep_float32_on_cpu
 from vllm_nbdiff.compat.front_end import (
     abort_requests_at_shutdown,
     name_grammars,
@@ -93,6 +94,7 @@ def apply_patches() -> None:
     validate_before_streaming()
     name_grammars()
     cure_request_models()
+    keep_float32_on_cpu()
     abort_requests_at_shutdown()
     export_diffusion_metrics()
     give_step_maps()

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 MARK = "_nbdiff_patched"
 
 
-def patch(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+def patch(owner: type | ModuleType, name: str, make: Callable[[Any], Any]) -> None:
     """Replace attribute `name` of `owner` by `make(original)`, once."""
     original = owner.__dict__[name]
     inner: Any = original.fget if isinstance(original, property) else original

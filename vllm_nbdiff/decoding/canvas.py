@@ -27,7 +27,7 @@ class Options(NamedTuple):
     sub_block_length: Tensor  # int64
     max_steps: Tensor  # int64; where text is verified, denoise steps of a draft
     max_versions: Tensor  # int64, canvases looked at beside the canvas itself
-    fan_out: Tensor  # int64, most break points of a verified text for which a draft is made; 0: off
+    fan_out: Tensor  # int64, most break points of a verified text for which a draft is made
     last_position: Tensor  # int64, of the last token wanted
     first_stop: Tensor  # int64, position from which on a stop token ends the request
     prompt_length: Tensor  # int64
@@ -44,6 +44,7 @@ class Options(NamedTuple):
     top_p: Tensor  # float32
     min_p: Tensor  # float32
     verifies: Tensor  # bool, the text is what AR decoding gives
+    drafts: Tensor  # bool, makes drafts in the forwards that read text
     fuses: Tensor  # bool, commits in the forward that first denoises the next canvas
     constrained: Tensor  # bool, tokens are banned or their logits changed
     caches: Tensor  # bool, reuses the KV of the rest of the canvas within a sub-block

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_nbdiff.decoding.block_cache import sub_block_begin
 from vllm_nbdiff.decoding.canvas import NO_TOKEN, Canvas, CanvasTable, width_at
-from vllm_nbdiff.decoding.plan import Batch, Facts, Plan, sub_block_begin
+from vllm_nbdiff.decoding.plan import Batch, Facts, Plan
 from vllm_nbdiff.decoding.rules import select
 
 
@@ -41,7 +42,7 @@ def read_text(
     """
     state, text = plan.state, plan.text
     length, seed = text, following[:, 0]
-    if facts.verifies:
+    if plan.num_next > 1:
         # What was not asked follows as it stands.
         following = torch.where(plan.rows.needed[:, : plan.num_next], following, _shifted(state))
         right = following[:, :-1] == state.tokens[:, 1:]
@@ -85,8 +86,8 @@ def begin_canvases(
         start=torch.where(begun, start, state.start),
         width=torch.where(begun, width, state.width),
         step=torch.where(begun, 0, state.step),
-        guess=torch.where(begun, NO_TOKEN, state.guess),
-        cached=torch.where(begun, -1, state.cached),
+        guess=torch.where(begun, NO_TOKEN, state.guess) if facts.guesses else state.guess,
+        cached=torch.where(begun, -1, state.cached) if facts.caches else state.cached,
         copied=torch.where(begun, 0, state.copied),
         edits_left=edits_left,
     )

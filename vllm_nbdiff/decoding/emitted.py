@@ -22,6 +22,11 @@ class Emitted:
         """[B, E] int64, the emitted ones first."""
         return self._tokens[:, :-1]
 
+    def end(self, requests: Tensor, count: Tensor) -> None:
+        """End `requests` [B] bool behind their first `count` [B] tokens, of those emitted."""
+        self.count = torch.where(requests, count, self.count)
+        self.ended = self.ended | requests
+
     def append(self, tokens: Tensor, count: Tensor) -> None:
         """Emit the first `count` [B] of `tokens` [B, n] int64."""
         places = torch.arange(tokens.shape[1], device=tokens.device)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts that are made in the forward that verifies the text before them.
+"""Drafts that are made in the forward that reads the text before them.
 
 A drafted text is read causally. Verification breaks it off behind some column, and the exact token
-that follows there begins the next text. For some of these break points the same forward holds a
-canvas of masks behind that column, which sees the text up to it as AR decoding would; if the text
-breaks off there, the canvas's predictions are the next draft. Where it breaks off elsewhere, the
-next forward reads the one token that is known, and drafts behind it: its only break point.
+that follows there begins the next text. The next forward reads that token, and drafts behind it
+with a canvas of masks: what follows the token is exact too, and is where the drafted text begins.
+
+For some of the break points the forward that verifies holds such a canvas already, which sees the
+text up to there as AR decoding would; if the text breaks off there, the canvas's predictions are
+the next draft, and no token has a forward to itself.
 
 All break points: quadratic self-speculation of Nemotron-Labs-Diffusion (arXiv 2607.05722); the last
 one alone: introspective strided decoding of I-DLM. The token that follows a break point is not
@@ -33,16 +35,25 @@ if TYPE_CHECKING:
 
 
 def text_of(
-    table: CanvasTable, state: Canvas, options: Options, batch: Batch, count: Tensor
+    table: CanvasTable,
+    state: Canvas,
+    options: Options,
+    batch: Batch,
+    facts: Facts,
+    count: Tensor,
 ) -> Tensor:
-    """[B] int64: columns of drafted texts that are worth verifying, the seed in any case.
+    """[B] int64: columns of drafted texts that are worth verifying, the seed in any case; none
+    where a request ended, which may have been scheduled again before that was known.
 
     Args:
         count: [B, L] int64, masked columns of each canvas up to each.
     """
-    worth = survival(table.rank[batch.slot]) >= options.least_survival[:, None]
-    worth &= (count == 0) & (table.columns < state.width[:, None])
-    return worth.sum(1).clamp(min=1)
+    worth = (count == 0) & (table.columns < state.width[:, None])
+    if facts.fan_out:
+        # How sure drafts are is kept for those who may draft for break points.
+        likely = survival(table.rank[batch.slot]) >= options.least_survival[:, None]
+        worth &= likely | (options.fan_out == 0)[:, None]
+    return torch.minimum(worth.sum(1).clamp(min=1), state.width.clamp(min=0))
 
 
 def canvases(
@@ -55,25 +66,37 @@ def canvases(
     text: Tensor,
     breaks: Tensor,
 ) -> Canvases:
-    """Canvases behind break points of the requests that are `drafting` [B] bool.
+    """Canvases behind tokens that are read alone, and behind break points, of the requests that are
+    `drafting` [B] bool.
 
     As many as they ask for, are likely enough, and have pages and rows for.
 
     Args:
-        text: [B] int64, columns of the state's canvas that are verified.
+        text: [B] int64, columns of the state's canvas that are read.
         breaks: [B] int64, columns behind which the text may go on: all but one that ends it.
     """
-    points, chance = likeliest(table.rank[batch.slot], text, breaks, facts.fan_out)
-    order = torch.arange(points.shape[1], device=text.device)
-    start = state.start[:, None] + points + 1
-    width = width_at(options, start, facts.max_model_len)
+    alone = (drafting & (text == 1) & (breaks == 1))[:, None]
     # The row before a column predicts it where the family shifts: the last one is of no use.
-    rows = width - int(facts.family.shifts)
-    exists = drafting[:, None] & (chance > 0) & (width > 1) & (order < options.fan_out[:, None])
-    exists &= (chance >= options.least_chance[:, None]) | (text == 1)[:, None]
-    moved, fits = _own_pages(state, options, batch, facts, text, start, rows, exists)
-    exists &= fits
-    exists &= text[:, None] + torch.where(exists, rows, 0).cumsum(1) <= batch.max_rows[:, None]
+    unused = int(facts.family.shifts)
+    if facts.fan_out:
+        points, chance = likeliest(table.rank[batch.slot], text, breaks, facts.fan_out)
+        order = torch.arange(points.shape[1], device=text.device)
+        exists = drafting[:, None] & (chance > 0) & (order < options.fan_out[:, None])
+        exists = (exists & (chance >= options.least_chance[:, None])) | (alone & (order == 0))
+        start = state.start[:, None] + points + 1
+    else:
+        exists, start = alone, state.start[:, None] + 1
+    width = width_at(options, start, facts.max_model_len)
+    # Behind a single token even a short draft is better than none.
+    room = torch.minimum(batch.max_rows - 1, batch.room - state.start - 1)[:, None] + unused
+    width = torch.where(alone, torch.minimum(width, room), width)
+    rows = width - unused
+    exists = exists & (width > 1)
+    moved = torch.zeros_like(width)
+    if facts.fan_out:
+        moved, fits = _own_pages(state, options, batch, facts, text, start, rows, exists)
+        exists &= fits
+        exists &= text[:, None] + torch.where(exists, rows, 0).cumsum(1) <= batch.max_rows[:, None]
     columns = (table.columns > 0) & (table.columns < width[..., None]) & exists[..., None]
     tokens = torch.full_like(columns, facts.mask_token_id, dtype=torch.int64)
     return Canvases(
@@ -180,7 +203,7 @@ def drafts(plan: Plan, text: Text, token: Tensor, probability: Tensor, mask: int
         mask: the mask token.
     """
     canvases = plan.canvases
-    drafting = (plan.options.fan_out > 0) & (plan.text > 0)
+    drafting = plan.options.drafts & (plan.text > 0)
     begins = canvases.exists & (canvases.start == text.begin[:, None]) & drafting[:, None]
     requests = torch.arange(len(begins), device=begins.device)
     found, hit = begins.int().argmax(1), begins.any(1)
@@ -197,9 +220,10 @@ def made(plan: Plan, hit: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(drafted, plan.canvases.exists.sum(1), 0), hit & drafted
 
 
-def keep(table: CanvasTable, plan: Plan, batch: Batch, state: Canvas, found: Drafts) -> Canvas:
+def keep(table: CanvasTable, batch: Batch, facts: Facts, state: Canvas, found: Drafts) -> Canvas:
     """The state with drafts behind the seeds of canvases that have begun."""
     columns = (table.columns > 0) & (table.columns < state.width[:, None]) & found.hit[:, None]
-    # Of padding and of requests that draft otherwise nothing changes.
-    table.rank[batch.slot] = torch.where(columns, found.confidence, table.rank[batch.slot])
+    if facts.fan_out:
+        # Of padding and of requests that draft otherwise nothing changes.
+        table.rank[batch.slot] = torch.where(columns, found.confidence, table.rank[batch.slot])
     return state._replace(tokens=torch.where(columns, found.token, state.tokens))

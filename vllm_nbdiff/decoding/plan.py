@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding import fan_out, versions
+from vllm_nbdiff.decoding.block_cache import looked_columns
 from vllm_nbdiff.decoding.canvas import NO_TOKEN, Canvas, CanvasTable, Options, width_at
 from vllm_nbdiff.decoding.needed import Rows, needed_rows
 from vllm_nbdiff.decoding.rules import active_positions, even_quota, fill_quota
-from vllm_nbdiff.decoding.segments import Canvases, Segments, lay_out, own_canvas
+from vllm_nbdiff.decoding.segments import Canvases, Segments, lay_out, no_canvas, own_canvas
 from vllm_nbdiff.families.family import NBDIFF, Family
 
 
@@ -38,7 +39,8 @@ class Facts(NamedTuple):
     caches: bool = True
     limits: bool = True  # some have a `max_steps` below NO_LIMIT
     versions: int = 0  # most versions of a request's canvas
-    fan_out: int = 0  # most break points of a request for which canvases are looked at
+    drafts: bool = False  # some requests make drafts in the forwards that read text
+    fan_out: int = 0  # most break points of such a request for which canvases are looked at
     denoises: bool = True  # some canvas is looked at otherwise
     texts: bool = True  # some request takes part with text; only `of_forward` says no
     looks: bool = True  # some does with a canvas; likewise
@@ -51,12 +53,12 @@ class Facts(NamedTuple):
     @property
     def exclusive(self) -> bool:
         """Whether every request has one segment at most."""
-        return not (self.fuses or self.versions or self.fan_out or self.blocks > 1)
+        return not (self.fuses or self.versions or self.drafts or self.blocks > 1)
 
     def of_forward(self, text: Tensor) -> Facts:
         """What is known, while it is planned, of a forward that reads `text` [B] columns, where
         values may be read."""
-        if self.static or self.prefills or self.fan_out:
+        if self.static or self.prefills or self.drafts:
             return self
         reads = text > 0
         texts = bool(reads.any())
@@ -103,6 +105,7 @@ class Plan(NamedTuple):
     num_next: int  # of the K rows; the rest is C * L of FILL, then those of GUESS
     canvases: Canvases  # that are looked at
     text: Tensor  # [B] int64, canvas columns that are committed or verified; 0: none
+    ends: Tensor  # [B] bool, the request ends with them
     reads: Tensor  # [B] bool, there are some, or the last token of a prompt: a canvas begins
     look: Tensor  # [B] bool, a canvas is denoised
     ahead: Tensor  # [B] bool, it is the next one, behind `text`
@@ -138,18 +141,16 @@ def make_plan(
     if facts.verifies:
         drafted = options.verifies & (state.step >= options.max_steps) & ~full
         text = torch.where(drafted, (count == 0).sum(1), text)
-    if facts.fan_out:
-        drafting = (options.fan_out > 0) & decodes
-        text = torch.where(drafting, fan_out.text_of(table, state, options, batch, count), text)
+    if facts.drafts:
+        drafting = options.drafts & decodes
+        own = fan_out.text_of(table, state, options, batch, facts, count)
+        text = torch.where(drafting, own, text)
     facts = facts.of_forward(text)
     breaks = text
-    if facts.verifies and facts.texts:
+    if facts.texts:
         text, breaks = _until_end(table, state, options, batch, text)
     if not facts.looks:
-        none = torch.zeros_like(full)
-        empty = torch.zeros_like(masked)
-        canvases = own_canvas(state.tokens, empty, none, state.start, state.width, None)
-        return _plan_of(state, options, batch, facts, text, canvases, None)
+        return _plan_of(state, options, batch, facts, text, breaks, no_canvas(state), None)
 
     start, width, step, canvas = state.start, state.width, state.step, state.tokens
     ahead = torch.zeros_like(full)
@@ -175,14 +176,14 @@ def make_plan(
     ahead &= look
     computed = None
     if facts.caches:
-        computed = _looked_columns(state, options, facts, active, width, look & ~ahead)
+        computed = looked_columns(state, options, facts.family, active, width, look & ~ahead)
     canvases = own_canvas(canvas, active, look, start, width, computed)
     canvases = versions.add(table, state, options, batch, facts, canvases)
-    if facts.fan_out:
-        own = fan_out.canvases(table, state, options, batch, facts, drafting, text, breaks)
-        canvases = fan_out.joined(drafting, own, canvases)
+    if facts.drafts:
+        drafts = fan_out.canvases(table, state, options, batch, facts, drafting, text, breaks)
+        canvases = fan_out.joined(drafting, drafts, canvases)
     denoised = Denoised(look, ahead, step, quota)
-    return _plan_of(state, options, batch, facts, text, canvases, denoised)
+    return _plan_of(state, options, batch, facts, text, breaks, canvases, denoised)
 
 
 def _plan_of(
@@ -191,10 +192,12 @@ def _plan_of(
     batch: Batch,
     facts: Facts,
     text: Tensor,
+    breaks: Tensor,
     canvases: Canvases,
     denoised: Denoised | None,
 ) -> Plan:
-    """The plan of a forward of `text` [B] columns and `canvases`; None: none is denoised."""
+    """The plan of a forward of `text` [B] columns, behind `breaks` [B] of which the text may go on,
+    and `canvases`; None: none is denoised."""
     segments = lay_out(state, batch, facts, text, canvases)
     num_next, rows = needed_rows(options, batch, facts, segments, text, canvases)
     reads = text > 0
@@ -203,7 +206,7 @@ def _plan_of(
     if denoised is None:
         nobody = torch.zeros_like(reads)
         denoised = Denoised(nobody, nobody, state.step, None)
-    own = (state, options, segments, rows, num_next, canvases, text, reads)
+    own = (state, options, segments, rows, num_next, canvases, text, breaks < text, reads)
     return Plan(*own, **denoised._asdict())
 
 
@@ -216,24 +219,30 @@ def _plan_verified(
     decodes: Tensor,
     count: Tensor,
 ) -> Plan:
-    """The plan of a batch whose requests all draft for break points, those that `decodes` [B] bool
-    says now, with so many masked columns up to each one, `count` [B, L] int64."""
-    text = torch.where(decodes, fan_out.text_of(table, state, options, batch, count), 0)
-    text, breaks = _until_end(table, state, options, batch, text)
-    canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text, breaks)
-    return _plan_of(state, options, batch, facts, text, canvases, None)
+    """The plan of a batch whose requests all draft while text is read, those that `decodes` [B]
+    bool says now, with so many masked columns up to each one, `count` [B, L] int64."""
+    text = fan_out.text_of(table, state, options, batch, facts, count)
+    text, breaks = _until_end(table, state, options, batch, torch.where(decodes, text, 0))
+    if not facts.static:
+        # A draft alone is verified, and read alone, a token has nothing to verify.
+        looks = facts.fan_out > 0 or bool((text == 1).any())
+        facts = facts._replace(looks=looks, verifies=bool((text > 1).any()))
+    if facts.looks:
+        canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text, breaks)
+    else:
+        canvases = no_canvas(state)
+    return _plan_of(state, options, batch, facts, text, breaks, canvases, None)
 
 
 def _until_end(
     table: CanvasTable, state: Canvas, options: Options, batch: Batch, text: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of `text` [B] columns those up to the first token that ends its request, where text is
-    verified, and behind how many of them the text may go on, [B] int64 each."""
+    """Of `text` [B] columns those that are read, and behind how many of them the text may go on,
+    [B] int64 each: where text is verified, none behind the first token that ends its request."""
     positions = state.start[:, None] + table.columns
     last = table.is_last(batch.slot, options, state.tokens, positions)
-    before = (last.cumsum(1) == 0).sum(1)
-    before = torch.where(options.verifies, torch.minimum(before, text), text)
-    return torch.minimum(before + 1, text), before
+    before = torch.minimum((last.cumsum(1) == 0).sum(1), text)
+    return torch.where(options.verifies, torch.minimum(before + 1, text), text), before
 
 
 def fixed_columns(options: Options, start: Tensor) -> Tensor:
@@ -266,32 +275,3 @@ def _runs_ahead(
         & (text + width <= batch.max_rows)
     )
     return ahead & (state.guess != NO_TOKEN) if facts.guesses else ahead & options.fuses
-
-
-def _looked_columns(
-    state: Canvas, options: Options, facts: Facts, active: Tensor, width: Tensor, current: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Range of canvas columns [low, high) that a denoise step computes, [B] each.
-
-    With the block cache, only the active sub-block, once the KV of the whole canvas was written
-    since that sub-block began (Fast-dLLM v2), and, so that each of its columns is predicted, the
-    column before it; or it waits until its first column is filled.
-    """
-    size = options.sub_block_length
-    begin = sub_block_begin(active, size)
-    end = begin + size
-    columns = torch.arange(active.shape[1], device=active.device)
-    beyond = (active & (columns >= end[:, None])).any(1)
-    reuse = current & options.caches & ~beyond & (state.cached == begin)
-    if facts.family.cached_row_before:
-        low = torch.where(reuse, (begin - 1).clamp(min=0), 0)
-    else:
-        if facts.family.shifts:
-            reuse &= ~active.gather(1, begin.clamp(max=active.shape[1] - 1)[:, None])[:, 0]
-        low = torch.where(reuse, begin, 0)
-    return low, torch.where(reuse, torch.minimum(end, width), width)
-
-
-def sub_block_begin(active: Tensor, size: Tensor) -> Tensor:
-    """[B] int64: first column of the sub-block that holds the first active one of [B, L]."""
-    return (active.cumsum(1) == 0).sum(1) // size * size

@@ -53,6 +53,12 @@ def own_canvas(
     return Canvases(tokens, active, exists, start, width, low, high, width, here)
 
 
+def no_canvas(state: Canvas) -> Canvases:
+    """What stands for canvases where none is looked at."""
+    active = torch.zeros_like(state.tokens, dtype=torch.bool)
+    return own_canvas(state.tokens, active, active[:, 0], state.start, state.width, None)
+
+
 class Segments(NamedTuple):
     """[B, S] each, in the order of a request's rows."""
 

@@ -67,7 +67,7 @@ class AutoDrafts:
         self._drafting = auto
         if self.sets_limits:
             self._drafting = auto | (options.host["fan_out"][slots] > 0)
-        self._fans = options.host["fan_out"][slots] > 0
+        self._drafts_reading = options.host["drafts"][slots]
         if self.static:
             self._rows = int(schedule.scheduled.sum())
         if not self._drafting.any():
@@ -100,14 +100,14 @@ class AutoDrafts:
             event = torch.cuda.Event()
             numbers = numbers.to("cpu", non_blocking=True)
             event.record()
-        self._arriving.append((event, self._drafting, self._fans, numbers))
+        self._arriving.append((event, self._drafting, self._drafts_reading, numbers))
 
     def _learn(self) -> None:
         """Learn from the texts whose numbers are there."""
         texts = []
         while self._arriving and ((event := self._arriving[0][0]) is None or event.query()):
-            _, drafting, fans, there = self._arriving.pop(0)
-            numbers = np.concatenate([there.numpy(), fans[None]])
+            _, drafting, reading, there = self._arriving.pop(0)
+            numbers = np.concatenate([there.numpy(), reading[None]])
             texts.append(numbers[:, drafting & (numbers[1] > 0)])
         if texts:
             self.chooser.observe(Verified._make(np.concatenate(texts, axis=1)))

@@ -35,7 +35,7 @@ class Verified(NamedTuple):
     accepted: np.ndarray  # of them that held
     hit: np.ndarray  # 1: the next draft was made in the same forward
     rows: np.ndarray  # of the request in the forward
-    fan_out: np.ndarray  # 1: a draft might have been
+    drafts: np.ndarray  # 1: drafts are made in forwards that read text
 
 
 class Limits(NamedTuple):
@@ -102,24 +102,24 @@ class DraftChooser:
 
     def observe(self, seen: Verified) -> None:
         """Learn from texts that were verified in one or several forwards."""
+        seen = Verified._make(field[seen.width > 1] for field in seen)  # others draft nothing
         drafted = seen.text > 1  # behind a seed alone nothing was drafted before
-        for width in set(seen.width.tolist()) - {1}:
+        for width in set(seen.width.tolist()):
             own = seen.width == width
             self._seen[width] += 1
             alike = [width, *(other for other in self.widths if not self._seen[other])]
             near = max(1 - _MEMORY, 1 / (1 + self._seen[width]))
             # A draft that no forward makes beside a text has one of its own.
-            rows = np.where(seen.fan_out[own], seen.rows[own], (seen.rows[own] + width) / 2)
+            rows = np.where(seen.drafts[own], seen.rows[own], (seen.rows[own] + width) / 2)
             self._rows[alike] += near * (rows.mean() / width - self._rows[alike])
             own &= drafted
             if own.any():
                 self._hits[alike] += near * (seen.hit[own].mean() - self._hits[alike])
-                self._gives[alike] += near * (seen.fan_out[own].mean() - self._gives[alike])
+                self._gives[alike] += near * (seen.drafts[own].mean() - self._gives[alike])
                 count, holds = int(own.sum()), int(seen.accepted[own].sum())
                 expected = count * self._whole(width)
                 self._expected[width] = _MEMORY * self._expected[width] + expected
                 self._held[width] = _MEMORY * self._held[width] + holds
-        drafted &= seen.width > 1
         if not drafted.any():
             return
         accepted = seen.accepted[drafted, None]

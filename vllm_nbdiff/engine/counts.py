@@ -91,12 +91,6 @@ class Tally:
         """1 for requests that nothing is left for, [B] int64."""
         self._stuck = flags
 
-    @property
-    def ends(self) -> Tensor | None:
-        """[B] bool, requests that end with nothing of what this schedule decided; None: no one."""
-        flags = [own > 0 for own in (self.broken, self._stuck) if own is not None]
-        return torch.stack(flags).any(0) if flags else None
-
     def columns(self, decodes: Tensor) -> Tensor:
         """`CountedOutput.counts` of requests of which those of `decodes` [B] bool have canvases."""
         rows = torch.stack([lengths.sum(1) for lengths in self._rows])

@@ -57,8 +57,8 @@ class NBDiffSampler:
         self.loop.run(logits)
         emitted, batch = decoder.emitted, decoder.schedule.batch
         count = emitted.count
-        if (ends := decoder.tally.ends) is not None:
-            count = torch.where(ends, 0, count)
+        if decoder.tally.broken is not None:
+            count = torch.where(decoder.tally.broken > 0, 0, count)
         rejected = torch.where(batch.decodes, batch.scheduled - count, 0)
         return CountedOutput(
             sampled_token_ids=emitted.tokens,

@@ -93,6 +93,7 @@ class Decoder:
         reads = self._worth(plan.reads)
         if not (reads or len(packed.owner)):
             return
+        emitted_before = self.emitted.count
         spread = self._draw(logits, packed)
         state, looked = plan.state, plan.look & ~plan.ahead
         self._filled = None
@@ -105,7 +106,7 @@ class Decoder:
         if self.steps.asked:
             self.steps.record(plan, state, looked, self._filled)
         self._state = state
-        self.sampler.grammars.end_requests(self.schedule, self.tally)
+        self.sampler.grammars.end_requests(self.schedule, self.tally, self.emitted, emitted_before)
 
     def _find_broken(self, drawn: Drawn) -> None:
         """Find requests whose logits mean nothing."""
@@ -146,13 +147,12 @@ class Decoder:
         text = decide.read_text(self.table, plan, batch, facts, following)
         tokens = plan.state.tokens
         self.sampler.constraints.keep_text(plan, text.length, self.schedule)
-        last = self._is_last(tokens, plan.state.start[:, None] + self.table.columns)
-        last &= self.table.columns < text.length[:, None]
         self._emit(tokens, text.length, plan.state.start)
-        self.emitted.ended |= last.any(1)
+        self.emitted.ended |= plan.ends & (text.length == plan.text)
         if facts.family.seed != "never":
             # Nothing comes after a seed that ends its request and would need its KV.
-            ends = self._is_last(text.seed[:, None], text.begin[:, None])[:, 0]
+            own = text.seed[:, None], text.begin[:, None]
+            ends = self.table.is_last(batch.slot, plan.options, *own)[:, 0]
             ends &= (text.length > 0) & ~self.emitted.ended
             ends &= self.emitted.count < batch.scheduled
             chance = spread[1][:, : plan.num_next]
@@ -162,10 +162,10 @@ class Decoder:
                 self.emitted.ended |= ends
         state = decide.begin_canvases(self.table, plan, text, batch, facts)
         hit = torch.zeros_like(text.kept)
-        if facts.fan_out:
+        if facts.drafts and self._worth(plan.canvases.exists):
             token, chance = (self._of_canvases(field) for field in spread[:2])
             found = fan_out.drafts(plan, text, token, chance, facts.mask_token_id)
-            state, hit = fan_out.keep(self.table, plan, batch, state, found), found.hit
+            state, hit = fan_out.keep(self.table, batch, facts, state, found), found.hit
         self._count_text(plan, text, hit)
         if facts.family.thinking_budget:
             state = self.sampler.constraints.end_thinking(state, plan.reads, self.schedule)
@@ -179,9 +179,6 @@ class Decoder:
             tokens = tokens.gather(1, places.clamp(max=tokens.shape[1] - 1))
             columns = (columns - fixed).clamp(min=0)
         self.emitted.append(tokens, columns)
-
-    def _is_last(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.table.is_last(self.schedule.batch.slot, self._options, tokens, positions)
 
     def _fill(self, spread: list[Tensor], packed: Packed, state: Canvas, looked: Tensor) -> Canvas:
         """Fill canvases of the requests `looked` [B] bool."""

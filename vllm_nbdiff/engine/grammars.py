@@ -24,10 +24,11 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_nbdiff.compat import GrammarCompiler, thoughts_of
 from vllm_nbdiff.decoding.decide import Proposal
+from vllm_nbdiff.decoding.emitted import Emitted
 from vllm_nbdiff.decoding.plan import Plan
 from vllm_nbdiff.decoding.rows import Packed
 from vllm_nbdiff.engine.counts import Tally
-from vllm_nbdiff.engine.matcher import Matcher, NothingFits
+from vllm_nbdiff.engine.matcher import Failure, Matcher, NothingFits
 from vllm_nbdiff.engine.schedule import Schedule
 from vllm_nbdiff.names import LOGGER
 
@@ -69,8 +70,7 @@ class GrammarTable:
         self._mask = mask_token_id
         self._used = np.zeros(num_slots + 1, np.bool_)
         self._matchers: dict[int, Matcher] = {}
-        self._failed: dict[int, bool] = {}
-        """Slots that cannot go on: whether the matcher failed, or nothing fits."""
+        self._failed: dict[int, Failure] = {}
         self._opened: dict[int, Opened] = {}
 
     def add_request(self, slot: int, params: SamplingParams, prompt: list[int]) -> None:
@@ -91,13 +91,25 @@ class GrammarTable:
         self._failed.pop(slot, None)
         self._matchers.pop(slot, None)
 
-    def end_requests(self, schedule: Schedule, tally: Tally) -> None:
-        """Count the requests that cannot go on among those that end."""
-        if self._failed:
-            found = [self._failed.get(slot) for slot in schedule.slots.tolist()]
-            for reason, add in ((True, tally.add_broken), (False, tally.add_stuck)):
-                flags = np.array([own is reason for own in found], np.int64)
-                add(async_tensor_h2d(flags, device=self._text.device))
+    def end_requests(
+        self, schedule: Schedule, tally: Tally, emitted: Emitted, before: Tensor
+    ) -> None:
+        """End the requests that cannot go on.
+
+        Args:
+            tally: that counts them.
+            emitted: what the schedule's forwards emitted, to which a text that is refused does not
+                belong.
+            before: [B] int64, tokens that those before this one emitted.
+        """
+        if not self._failed:
+            return
+        found = [self._failed.get(slot) for slot in schedule.slots.tolist()]
+        flags = np.array([[own is kind for own in found] for kind in Failure])
+        broken, refused, lost = async_tensor_h2d(flags, device=self._text.device).unbind()
+        tally.add_broken(broken.long())
+        tally.add_stuck((refused | lost).long())
+        emitted.end(refused | lost, torch.where(refused, before, emitted.count))
 
     def mask(
         self, logits: Tensor, plan: Plan, packed: Packed, owner: np.ndarray, schedule: Schedule
@@ -144,7 +156,7 @@ class GrammarTable:
         last = (length - 1).clamp(min=0, max=chance.shape[1] - 1)
         is_lost = ends & (chance.gather(1, last[:, None])[:, 0] <= 0)
         lost = is_lost.cpu().numpy() & used
-        self._failed |= dict.fromkeys(schedule.slots[lost].tolist(), False)
+        self._failed |= dict.fromkeys(schedule.slots[lost].tolist(), Failure.LOST)
         return ends & ~async_tensor_h2d(lost, device=ends.device)
 
     def _rows(
@@ -268,10 +280,10 @@ class GrammarTable:
         try:
             yield
         except NothingFits:
-            self._failed[slot] = False
+            self._failed[slot] = Failure.REFUSED
         except Exception:
             logger.exception("A grammar failed")
-            self._failed[slot] = True
+            self._failed[slot] = Failure.BROKEN
 
 
 def apply_bits(logits: Tensor, bits: Tensor, rows: list[int]) -> None:

@@ -70,7 +70,7 @@ def canvas_tokens(
     if config.static_shapes:
         width = _canvas_width(options, config)
         parts = 1 + num_drafts(options, config, limit) + fits_next_block(options, config, limit)
-        known = config.family.known_rows if options.break_points else 0
+        known = config.family.known_rows * options.drafts_reading
         least = min(width * parts + known, limit)
         return Share(least, least * max(min(1 + options.break_points, limit // least), 1))
     if options.mode != "diffusion":
@@ -106,6 +106,7 @@ def lookahead_tokens(
     tokens = draft_room(num_drafts(options, config, limit), width, page_size)
     tokens += width * fits_next_block(options, config, limit)
     tokens += break_point_room(options.break_points, width, page_size)
+    tokens += config.family.known_rows * options.drafts_reading
     if config.static_shapes:
         share = canvas_tokens(options, config, limit)
         tokens -= share.least - width

@@ -6,6 +6,7 @@ Where a model thinks before it answers, the grammar is the answer's: thoughts ar
 
 from __future__ import annotations
 
+import enum
 from concurrent.futures import Future
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
     from vllm_nbdiff.compat import Thoughts
+
+
+class Failure(enum.Enum):
+    """Why a request cannot go on."""
+
+    BROKEN = enum.auto()
+    """Its matcher failed."""
+    REFUSED = enum.auto()
+    """A token that is drawn, as none fits, is refused: what the forward reads has no meaning."""
+    LOST = enum.auto()
+    """No token fits behind its text, which is legal."""
 
 
 class NothingFits(Exception):

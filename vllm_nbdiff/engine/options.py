@@ -111,6 +111,7 @@ class OptionTable:
             "top_p": params.top_p,
             "min_p": params.min_p,
             "verifies": lossless,
+            "drafts": options.drafts_reading and not constrained,
             "fuses": not constrained and fits_next_block(options, self.config, self.row_limit),
             "constrained": constrained,
             "caches": options.block_cache,

@@ -17,7 +17,7 @@ from vllm_nbdiff.decoding.sampling import Asked
 from vllm_nbdiff.engine.options import OptionTable
 
 _FACTS = (
-    *("max_steps", "verifies", "fuses", "caches", "max_versions", "fan_out", "rule"),
+    *("max_steps", "verifies", "fuses", "caches", "max_versions", "fan_out", "rule", "drafts"),
     *("block_length", "sub_block_length", "splits", "edits"),
 )
 
@@ -88,7 +88,8 @@ class ScheduleReader:
             cap = max(self.max_rows // count, self.options.config.block_length + 1)
             rows = np.where(decodes, np.minimum(scheduled, cap), scheduled)
         else:
-            rows = scheduled + self._extra_rows(slots, int(scheduled.sum()))
+            known = self.options.config.family.known_rows * self.options.host["drafts"][slots]
+            rows = scheduled + known + self._extra_rows(slots, int(scheduled.sum()))
         columns = [slots, scheduled, computed, rows, self.lookahead[slots], decodes, ends]
         on_device = async_tensor_h2d(np.stack(columns), device=self.device).unbind()
         slot, given, done, own_rows, behind, decoding, ending = on_device
@@ -188,6 +189,7 @@ class ScheduleReader:
             # Behind a text one canvas, versions of it, or those of break points.
             host["fuses"] = host["fuses"] & (most_segments > 1)
             host["max_versions"] = np.minimum(host["max_versions"], max(most_segments - 2, 0))
+            host["drafts"] = host["drafts"] & (most_segments > 1)
             host["fan_out"] = np.minimum(host["fan_out"], most_segments - 1)
         length = np.maximum(host["block_length"], 1)
         others = np.maximum(most_rows // length - 1, 0)
@@ -221,8 +223,9 @@ class ScheduleReader:
             caches=bool(host["caches"].any()),
             limits=bool(limited.any()),
             versions=int(versions.max()),
+            drafts=bool((host["drafts"] & decodes).any()),
             fan_out=int((host["fan_out"] * decodes).max()),
-            denoises=not (decodes.any() and (host["fan_out"][decodes] > 0).all()),
+            denoises=not (decodes.any() and host["drafts"][decodes].all()),
             rows=int(most.max()),
             family=config.family,
             blocks=blocks,
