@@ -155,7 +155,7 @@ def make_plan(
     start, width, step, canvas = state.start, state.width, state.step, state.tokens
     ahead = torch.zeros_like(full)
     if facts.fuses and facts.texts:
-        ahead = _runs_ahead(state, options, batch, text, facts)
+        ahead = _runs_ahead(state, options, batch, text, facts) & (breaks == text)
         start = torch.where(ahead, start + text, start)
         width = torch.where(ahead, width_at(options, start, facts.max_model_len), width)
         step = torch.where(ahead, 0, step)
@@ -223,14 +223,15 @@ def _plan_verified(
     bool says now, with so many masked columns up to each one, `count` [B, L] int64."""
     text = fan_out.text_of(table, state, options, batch, facts, count)
     text, breaks = _until_end(table, state, options, batch, torch.where(decodes, text, 0))
-    if not facts.static:
-        # A draft alone is verified, and read alone, a token has nothing to verify.
-        looks = facts.fan_out > 0 or bool((text == 1).any())
-        facts = facts._replace(looks=looks, verifies=bool((text > 1).any()))
-    if facts.looks:
+    if facts.static or facts.fan_out or bool((text == 1).any()):
         canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text, breaks)
     else:
         canvases = no_canvas(state)
+    if not facts.static:
+        # Behind a draft there may be no canvas; a token that is read alone is not verified.
+        looks, verifies = bool(canvases.exists.any()), bool((text > 1).any())
+        facts = facts._replace(looks=looks, verifies=verifies)
+        canvases = canvases if looks else no_canvas(state)
     return _plan_of(state, options, batch, facts, text, breaks, canvases, None)
 
 
