@@ -10,6 +10,7 @@ from vllm import SamplingParams
 from tests.conftest import counter, tokens_of
 from tests.engine.test_golden import request_of
 from tests.engine.test_static_shapes import every_request, generate
+from vllm_nbdiff.engine.chooser import DraftChooser, Verified
 
 SIZES: dict[str, Any] = {"block_length": 8, "max_num_batched_tokens": 160, "max_model_len": 256}
 
@@ -66,3 +67,32 @@ def test_one_token_costs_no_block(engine: Any) -> None:
         outputs = engine.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
         assert [len(text) for text in tokens_of(outputs)] == [1]
     assert counter(engine, name) - before <= 3 * 2
+
+
+def test_requests_that_end_beside_auto(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is scheduled once more before its end is known, and then reads nothing."""
+    widths: set[int] = set()
+    observe = DraftChooser.observe
+
+    def noted(self: DraftChooser, seen: Verified) -> None:
+        widths.update(seen.width.tolist())
+        observe(self, seen)
+
+    monkeypatch.setattr(DraftChooser, "observe", noted)
+    prompts = [{"prompt_token_ids": [(7 * i + 3 * j) % 500 for j in range(9)]} for i in range(8)]
+
+    def texts(*modes: dict[str, Any]) -> list[list[int]]:
+        params = [
+            SamplingParams(
+                temperature=0, max_tokens=20 + 3 * i, ignore_eos=True, detokenize=False,
+                extra_args=mode,
+            )
+            for i, mode in enumerate(modes)
+        ]  # fmt: skip
+        return tokens_of(engine.generate(prompts, params, use_tqdm=False))
+
+    expected = texts(*8 * [{"nbdiff_mode": "ar"}])
+    verify, auto = {"nbdiff_mode": "verify", "nbdiff_fan_out": 3}, {"nbdiff_mode": "auto"}
+    for _ in range(4):
+        assert texts(*6 * [verify], *2 * [auto]) == expected
+    assert min(widths) >= 1
