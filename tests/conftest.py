@@ -26,8 +26,10 @@ def _group(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest group first: the other process has the rest meanwhile."""
-    items.sort(key=lambda item: _group(item.nodeid) != "servers")
+    """The longest groups first: the other process has the rest meanwhile."""
+    longest = ["servers", "tests/engine/test_warm_up.py"]
+    order = {group: place for place, group in enumerate(longest)}
+    items.sort(key=lambda item: order.get(_group(item.nodeid), len(longest)))
 
 
 @pytest.hookimpl(optionalhook=True)
