@@ -213,6 +213,13 @@ def drafts(plan: Plan, text: Text, token: Tensor, probability: Tensor, mask: int
     )
 
 
+def width_of(plan: Plan) -> Tensor:
+    """[B] int64: columns of the canvas that a forward verifies or, behind a token that is read
+    alone, drafts."""
+    alone = plan.canvases.exists[:, 0] & (plan.text == 1)
+    return torch.where(alone, plan.canvases.width[:, 0], plan.state.width)
+
+
 def made(plan: Plan, hit: Tensor) -> tuple[Tensor, Tensor]:
     """[B] int64: drafts for break points of texts that were drafted themselves; [B] bool: which of
     these broke off at one of them, of the requests `hit` [B] bool whose next draft is there."""

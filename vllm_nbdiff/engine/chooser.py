@@ -30,7 +30,7 @@ _PROBE_EVERY, _HOPELESS = 32, 0.25
 class Verified(NamedTuple):
     """What the texts that a forward verified showed, [n] int64 each."""
 
-    width: np.ndarray  # columns of the canvas
+    width: np.ndarray  # columns of the canvas that was verified or drafted
     text: np.ndarray  # of them that were verified
     accepted: np.ndarray  # of them that held
     hit: np.ndarray  # 1: the next draft was made in the same forward

@@ -279,7 +279,7 @@ class Decoder:
             self.tally.add_drafts(*drafts)
             if facts.fan_out:
                 self.tally.add_fan_outs(*fan_out.made(plan, hit))
-            numbers = plan.state.width, plan.text, text.length, hit.long()
+            numbers = fan_out.width_of(plan), plan.text, text.length, hit.long()
             self.read = *numbers, plan.segments.length.sum(1)
 
     def goes_on(self) -> bool:
