@@ -54,7 +54,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={"vllm_nbdiff": "vllm_nbdiff", "vllm_nbdiff.kernels": "kernels"},
-    package_data={"vllm_nbdiff": ["py.typed"]},
+    package_data={"vllm_nbdiff": ["py.typed"], "vllm_nbdiff.kernels": ["*.json"]},
     extras_require=EXTRAS,
     entry_points={"vllm.general_plugins": ["nbdiff = vllm_nbdiff:register"]},
     classifiers=[

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `benchmarks.kernels` times: each kernel and its contenders on the shapes of a denoise step.
+"""What `benchmarks.kernels` times: each kernel and its contenders on the shapes of a denoise step;
+attention is in `attention_cases`.
 
 Each contender comes with a check of its result, which raises AssertionError where that is wrong.
 """
@@ -12,15 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 from vllm_nbdiff.kernels.row_sample import RowSample, row_sample
 from vllm_nbdiff.kernels.row_statistics import RowStatistics, row_statistics
-from vllm_nbdiff.kernels.segment_attention import segment_attention
-from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
-from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.write_kv import write_kv
 
 from benchmarks.canvases import THRESHOLD, Canvases
@@ -88,101 +84,6 @@ def paged_cache(shapes: Shapes, pages: int) -> tuple[Tensor, Tensor]:
 
 def vllm_is_usable(shapes: Shapes) -> bool:
     return shapes.device == "cuda" and importlib.util.find_spec("vllm") is not None
-
-
-def vllm_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: SegmentTable, scale: float, longest: int
-) -> Run:
-    """vLLM's Triton unified attention, bidirectional."""
-    out = torch.empty_like(q)
-
-    def run() -> Tensor:
-        from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-
-        unified_attention(
-            q=q,
-            k=k_cache,
-            v=v_cache,
-            out=out,
-            cu_seqlens_q=table.query_start,
-            max_seqlen_q=q.shape[0] // table.num_segments,
-            seqused_k=table.kv_len,
-            max_seqlen_k=longest,
-            softmax_scale=scale,
-            causal=False,
-            window_size=(-1, -1),
-            block_table=table.page_table,
-            softcap=0,
-            q_descale=None,
-            k_descale=None,
-            v_descale=None,
-        )
-        return out
-
-    return run
-
-
-def dense_attention(q: Tensor, keys: Tensor, values: Tensor) -> dict[str, Run]:
-    """PyTorch's own on [N, heads, rows, dim]; FlexAttention compiled where it is meant to be."""
-    torch.compiler.reset()  # every case has its own shapes, and dynamo keeps a few only
-    flex: Any = torch.compile(flex_attention) if q.device.type == "cuda" else flex_attention
-
-    def as_rows(out: Tensor) -> Tensor:
-        return out.transpose(1, 2).flatten(0, 1)
-
-    return {
-        "sdpa, KV gathered beforehand": lambda: as_rows(
-            F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
-        ),
-        "flex attention, KV gathered beforehand": lambda: as_rows(
-            flex(q, keys, values, enable_gqa=True)
-        ),
-    }
-
-
-def attention_case(shapes: Shapes, requests: int, context: int) -> Case:
-    """A canvas per request over `context` committed tokens, its own KV included in kv_len."""
-    s, device = shapes, shapes.device
-    kv_len = context + s.block
-    pages = triton.cdiv(kv_len, s.page_size)
-    k_cache, v_cache = paged_cache(s, requests * pages)
-    page_table = torch.randperm(requests * pages, device=device).view(requests, pages)
-    q = torch.randn(requests * s.block, s.q_heads, s.head_dim, dtype=s.dtype, device=device)
-    table = SegmentTable(
-        int32(torch.arange(requests + 1) * s.block, device),
-        int32([kv_len] * requests, device),
-        int32([0] * requests, device),
-        int32(page_table, device),
-    )
-    scale = s.head_dim**-0.5
-
-    def gathered(cache: Tensor) -> Tensor:
-        rows = cache[page_table].flatten(1, 2)[:, :kv_len]
-        return rows.transpose(1, 2).contiguous()
-
-    def ours() -> Tensor:
-        return segment_attention(
-            q, k_cache, v_cache, table, scale=scale, max_query_len=s.block, max_kv_len=kv_len
-        )
-
-    keys, values = gathered(k_cache), gathered(v_cache)
-    dense_q = q.view(requests, s.block, s.q_heads, s.head_dim).transpose(1, 2)
-    runs: dict[str, Run] = {"ours": ours, **dense_attention(dense_q, keys, values)}
-    if vllm_is_usable(shapes):
-        runs["vllm triton"] = vllm_attention(q, k_cache, v_cache, table, scale, kv_len)
-
-    last = SegmentTable(int32([0, s.block], device), *(field[-1:] for field in table[1:]))
-    inputs = (q[-s.block :], k_cache, v_cache, last)
-    exact = segment_attention_reference(*inputs, scale=scale)
-    eager = segment_attention_reference(*inputs, scale=scale, compute_dtype=s.dtype)
-    bound = 2 * (eager.double() - exact).abs().max()
-
-    def check(out: Tensor) -> None:
-        error = (out[-s.block :].double() - exact).abs().max()
-        assert error <= bound, f"error {error:.3g} of the last request, bound {bound:.3g}"
-
-    contenders = {name: Contender(run, check) for name, run in runs.items()}
-    return Case("segment_attention", requests, context, size_of(keys, values, q, q), contenders)
 
 
 def write_case(shapes: Shapes, requests: int) -> Case:

@@ -25,7 +25,8 @@ if "--toy" in sys.argv:
 
 import torch
 
-from benchmarks.kernel_cases import NBDIFF_7B, TOY, Case, Shapes, attention_case, other_cases
+from benchmarks.attention_cases import attention_case, uneven_case
+from benchmarks.kernel_cases import NBDIFF_7B, TOY, Case, Shapes, other_cases
 from benchmarks.timing import Measure, copy_bandwidth, describe, fits, measure_of
 
 # The paged cache, its gathered copy, half of it on the way there, and the check of one request.
@@ -37,6 +38,8 @@ def cases(shapes: Shapes, requests: list[int], contexts: list[int]) -> Iterator[
         for context in contexts:
             if fits(COPIES_OF_KV * shapes.kv_bytes(count, context), shapes.device):
                 yield attention_case(shapes, count, context)
+                if count > 1:
+                    yield uneven_case(shapes, count, context)
             else:
                 print(f"# {count} requests of {context} tokens do not fit in memory: skipped")
         yield from other_cases(shapes, count)

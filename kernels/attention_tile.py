@@ -3,11 +3,15 @@
 and its inner step: a tile of keys into the running softmax of a tile of query rows.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .device import device_name, shared_memory
+from .tuned_tiles import NOT_TUNED, TileKind, TileShape, tuned_tiles
 
 SCRATCH = 2048  # bytes of shared memory for barriers and reductions, at most
 
@@ -23,33 +27,51 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     }[dtype]
 
 
-class TileShape(NamedTuple):
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
 def tile_shape(
-    head_dim: int, group: int, max_query_len: int, itemsize: int, shared_memory: int
+    head_dim: int,
+    group: int,
+    max_query_len: int,
+    itemsize: int,
+    shared_memory: int,
+    tuned: Mapping[TileKind, TileShape] = NOT_TUNED,
 ) -> TileShape:
     """Tile for `max_query_len` query rows x `group` heads: at most 128 rows share a pass over KV.
 
     The bounds keep a program within the registers of an SM and its `shared_memory` bytes; fp32
-    products run out of registers instead of on tensor cores and take smaller tiles.
+    products run out of registers instead of on tensor cores and take smaller tiles. What is `tuned`
+    goes before.
     """
     wanted = triton.next_power_of_2(group * max_query_len)
     smallest = max(16, triton.next_power_of_2(group))
     if itemsize == 4:
         return TileShape(max(smallest, min(32, wanted)), block_n=16, num_warps=8, num_stages=2)
     block_m = max(smallest, min(128, wanted))
+    if tile := tuned.get(TileKind(head_dim, block_m, itemsize)):
+        return tile
     block_n = 64 if head_dim <= 128 else 32
     # Loads of page ids take half of the pipeline: 5 stages are three buffers of K and V for tensor
     # cores that read shared memory and two for others, 3 are one less (`compile_report.py` counts).
     rows = block_m + 3 * 2 * block_n
     fits = rows * triton.next_power_of_2(head_dim) * itemsize + SCRATCH <= shared_memory
-    num_warps, num_stages = 8 if block_m >= 128 else 4, 5 if fits else 3
-    return TileShape(block_m, block_n, num_warps, num_stages)
+    num_stages = 5 if fits else 3
+    if block_m >= 128:
+        return TileShape(block_m, block_n, num_warps=8, num_stages=num_stages)
+    held = shared_memory // (rows * triton.next_power_of_2(head_dim) * itemsize)
+    return TileShape(block_m, block_n, 4, num_stages, resident=max(1, min(2, held)))
+
+
+def tile_of(q: Tensor, num_kv_heads: int, max_query_len: int | None = None) -> TileShape:
+    """Tile of an attention launch for q [num_tokens, num_q_heads, head_dim], of whose rows a
+    segment has at most `max_query_len` (default num_tokens)."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    return tile_shape(
+        head_dim,
+        num_q_heads // num_kv_heads,
+        max_query_len or num_tokens,
+        q.element_size(),
+        shared_memory(q.device),
+        tuned_tiles(device_name(q.device)),
+    )
 
 
 @triton.jit
@@ -62,6 +84,21 @@ def find_segment(query_start_ptr, num_segments, block, BLOCK_Q: tl.constexpr):  
     while high - low > 1:
         middle = (low + high) // 2
         if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= block:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def find_last(starts_ptr, STRIDE: tl.constexpr, count, index):  # type: ignore[no-untyped-def]
+    """The last of `count` ascending starts, `STRIDE` elements apart, that is at most `index`; the
+    first one is 0."""
+    low = 0
+    high = count
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(starts_ptr + middle * STRIDE) <= index:
             low = middle
         else:
             high = middle

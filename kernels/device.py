@@ -24,3 +24,9 @@ def shared_memory(device: torch.device) -> int:
         return _HOPPER_SHARED_MEMORY
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """What the driver calls a CUDA device; "cpu" for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile import accumulate, dot_dtype, find_segment, tile_shape
-from .device import multiprocessor_count, shared_memory
+from .attention_tile import accumulate, dot_dtype, find_last, find_segment, tile_of
+from .combine_parts import combine_parts
+from .kv_parts import KVParts, parts_of
 from .kv_scales import KVScales, check_kv_scales
-from .kv_split import choose_kv_splits, combine_splits
 from .segment_table import SegmentTable
 from .validation import (
     FLOAT_DTYPES,
@@ -24,11 +24,12 @@ from .validation import (
 LOG2_E = math.log2(math.e)
 
 
-@triton.jit(do_not_specialize=["num_segments", "num_splits", "stride_page_row"])
+@triton.jit(do_not_specialize=["num_segments", "stride_page_row"])
 def _segment_attention_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     partial_ptr,
     lse_ptr,
+    starts_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -40,7 +41,6 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
     v_scale_ptr,
     scale_log2,
     num_segments,
-    num_splits,
     stride_q_token,
     stride_q_head,
     stride_out_token,
@@ -63,14 +63,30 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    block = tl.program_id(0)
+    program = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
 
-    segment = find_segment(query_start_ptr, num_segments, block, BLOCK_Q)
+    parts = 1
+    part = 0
+    result = 0
+    if SPLIT:
+        segment = find_last(starts_ptr, 3, num_segments, program)
+    else:
+        segment = find_segment(query_start_ptr, num_segments, program, BLOCK_Q)
     start = tl.load(query_start_ptr + segment)
     rows = tl.load(query_start_ptr + segment + 1) - start
-    first = (block - start // BLOCK_Q - segment) * BLOCK_Q
+    if SPLIT:
+        own = starts_ptr + segment * 3
+        own_start = tl.load(own)
+        own_program = program - own_start
+        # A segment without rows has no programs.
+        parts = (tl.load(own + 3) - own_start) // tl.maximum(tl.cdiv(rows, BLOCK_Q), 1)
+        parts = tl.maximum(parts, 1)
+        part = own_program % parts
+        result = tl.load(own + 1) + own_program
+        first = own_program // parts * BLOCK_Q
+    else:
+        first = (program - start // BLOCK_Q - segment) * BLOCK_Q
     if first >= rows:
         return
     kv_len = tl.load(kv_len_ptr + segment)
@@ -95,10 +111,9 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
     visible = tl.where(causal != 0, kv_len - rows + query + 1, kv_len)
     last_row = tl.minimum(first + BLOCK_Q, rows) - 1
     kv_end = tl.where(causal != 0, kv_len - rows + last_row + 1, kv_len)
-    tiles = (kv_end + BLOCK_N - 1) // BLOCK_N
-    tiles_per_split = (tiles + num_splits - 1) // num_splits
-    first_tile = split * tiles_per_split
-    last_tile = tl.minimum(first_tile + tiles_per_split, tiles)
+    tiles_of_part = tl.cdiv(tl.cdiv(kv_len, BLOCK_N), parts)
+    first_tile = part * tiles_of_part
+    last_tile = tl.minimum(first_tile + tiles_of_part, tl.cdiv(kv_end, BLOCK_N))
 
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -144,16 +159,15 @@ def _segment_attention_kernel(  # type: ignore[no-untyped-def]
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if HAS_KV_SCALES:
         out *= tl.load(v_scale_ptr)
-    if SPLIT:
-        num_q_heads = tl.num_programs(1) * GROUP
-        part = (token * num_q_heads + q_head) * num_splits + split
+    out_row = out_ptr + token * stride_out_token + q_head * stride_out_head
+    out_mask = row_mask[:, None] & dim_mask[None, :]
+    if parts > 1:
+        place = (tl.cast(result, tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + m
         lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
-        tl.store(lse_ptr + part, lse, mask=row_mask)
-        part_mask = (row_mask & (total > 0.0))[:, None] & dim_mask[None, :]
-        tl.store(partial_ptr + part[:, None] * HEAD_DIM + dim[None, :], out, mask=part_mask)
+        tl.store(lse_ptr + place, lse, mask=row_mask)
+        seen = out_mask & (total > 0.0)[:, None]
+        tl.store(partial_ptr + place[:, None] * HEAD_DIM + dim[None, :], out, mask=seen)
     else:
-        out_row = out_ptr + token * stride_out_token + q_head * stride_out_head
-        out_mask = row_mask[:, None] & dim_mask[None, :]
         tl.store(out_row[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
@@ -191,13 +205,13 @@ def segment_attention(
     scale: float,
     max_query_len: int | None = None,
     max_kv_len: int | None = None,
-    num_kv_splits: int | None = None,
-    likely_segments: int | None = None,
+    parts: KVParts | None = None,
     out: Tensor | None = None,
     kv_scales: KVScales | None = None,
     check_values: bool | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v of every segment's rows over its pages, in one launch (two if split).
+    """softmax(scale q k^T) v of every segment's rows over its pages, in one launch (two if split,
+    and one for `parts`).
 
     Launch shapes follow from tensor shapes and the host numbers below alone, so a call can be
     captured in a CUDA graph and replayed with other segments. Accumulates in fp32.
@@ -211,9 +225,7 @@ def segment_attention(
         scale: positive factor of the scores, usually head_dim ** -0.5.
         max_query_len: upper bound of rows per segment (default num_tokens); picks the tile.
         max_kv_len: upper bound of kv_len in tokens (default the page table's capacity).
-        num_kv_splits: parts the keys are cut into (default: enough to fill the GPU).
-        likely_segments: segments with rows, where that is known to be fewer than all; the number of
-            parts is chosen for them.
+        parts: `parts_of` these arguments, which serve all layers of a forward (default: computed).
         out: like q; allocated when None. Rows at and after `query_start[-1]` are not written.
         kv_scales: factors of an fp8 cache.
         check_values: read the table back and check it (a device synchronisation); None checks on
@@ -234,29 +246,22 @@ def segment_attention(
     if num_tokens == 0 or segments.num_segments == 0:
         return out
     group = num_q_heads // num_kv_heads
-    most_rows = max_query_len or num_tokens
-    tile = tile_shape(head_dim, group, most_rows, q.element_size(), shared_memory(q.device))
-    block_q = tile.block_m // group
-    query_blocks = num_tokens // block_q + segments.num_segments
-    if num_kv_splits is None:
-        # Blocks that find rows to work on, at most; the rest of the grid leaves at once.
-        likely = likely_segments or segments.num_segments
-        busy = min(query_blocks, likely * triton.cdiv(most_rows, block_q))
-        bound = max_kv_len or segments.page_table.shape[1] * page_size
-        processors = multiprocessor_count(q.device)
-        num_kv_splits = choose_kv_splits(busy * num_kv_heads, bound, processors)
-    require(num_kv_splits >= 1, "num_kv_splits", f"{num_kv_splits} is below 1")
-
-    split = num_kv_splits > 1
-    partial = lse = out
-    if split:
-        parts = (num_tokens, num_q_heads, num_kv_splits)
-        partial = torch.empty((*parts, head_dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty(parts, dtype=torch.float32, device=q.device)
-    _segment_attention_kernel[(query_blocks, num_kv_heads, num_kv_splits)](
+    tile = tile_of(q, num_kv_heads, max_query_len)
+    if parts is None:
+        parts = parts_of(q, k_cache, segments, max_query_len=max_query_len, max_kv_len=max_kv_len)
+    programs = num_tokens // (tile.block_m // group) + segments.num_segments
+    partial = lse = starts = out
+    if parts is not None:
+        programs += parts.room
+        starts = parts.starts
+        results = (parts.room, num_kv_heads, tile.block_m)
+        partial = torch.empty((*results, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty(results, dtype=torch.float32, device=q.device)
+    _segment_attention_kernel[(programs, num_kv_heads)](
         out,
         partial,
         lse,
+        starts,
         q,
         k_cache,
         v_cache,
@@ -267,7 +272,6 @@ def segment_attention(
         *(kv_scales or (q, q)),  # not read unless HAS_KV_SCALES
         scale * LOG2_E,
         segments.num_segments,
-        num_kv_splits,
         *q.stride()[:2],
         *out.stride()[:2],
         *k_cache.stride()[:3],
@@ -281,10 +285,10 @@ def segment_attention(
         BLOCK_D=triton.next_power_of_2(head_dim),
         DOT_DTYPE=dot_dtype(q.dtype),
         HAS_KV_SCALES=kv_scales is not None,
-        SPLIT=split,
+        SPLIT=parts is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if split:
-        combine_splits(out, partial, lse, segments.query_start)
+    if parts is not None:
+        combine_parts(out, partial, lse, parts, segments)
     return out

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -19,10 +20,13 @@ from tests.interpreter import interpret_kernels
 
 interpret_kernels()
 
+from vllm_nbdiff.kernels.segment_table import SegmentTable  # noqa: E402
+
 from vllm_nbdiff.decoding import draws  # noqa: E402
 from vllm_nbdiff.engine.attention import (  # noqa: E402
     SegmentAttentionBackend,
     SegmentAttentionImpl,
+    SegmentMetadata,
 )
 
 
@@ -84,6 +88,23 @@ def test_every_option_with_interpreted_kernels(
     monkeypatch.setattr("vllm_nbdiff.kernels.row_sample.TILE", 1 << 17)
     given = generate(llm, requests)
     assert [i for i, texts in enumerate(given) if texts != expected[i]] == []
+
+
+def test_keys_are_cut_once_a_forward(own_attention: None) -> None:
+    """By its first layer, for all of them; for the next forward, or graph, anew."""
+    given: list[Any] = []
+    impl = SegmentAttentionImpl.__new__(SegmentAttentionImpl)
+    impl.head_size, impl.scale, impl.runs_kernels, impl._is_fp8 = 32, 1.0, True, False
+    impl._attend = lambda *inputs, parts, **launch: given.append(parts)
+    cache, query = torch.zeros(4, 2, 16, 64), torch.zeros(8, 4, 32)
+    start, length = torch.tensor([0, 8], dtype=torch.int32), torch.tensor([60], dtype=torch.int32)
+    table = SegmentTable(start, length, length * 0, torch.arange(4, dtype=torch.int32)[None])
+    for _ in range(2):
+        metadata = SegmentMetadata(table, num_tokens=8, max_query_len=8, max_kv_len=60)
+        for layer in range(2):
+            impl.forward(layer, query, query, query, cache, metadata, torch.empty_like(query))
+    assert given[0] is given[1] and given[2] is given[3] and given[0] is not given[2]
+    assert int(given[0].starts[-1, 1]) > 1  # parts
 
 
 def test_fp8_cache(

@@ -12,7 +12,7 @@ from tests.interpreter import Specialisations, interpret_kernels, recorded_launc
 
 interpret_kernels()
 
-from vllm_nbdiff.kernels import kv_split, logits, segment_attention  # noqa: E402
+from vllm_nbdiff.kernels import logits  # noqa: E402
 
 from vllm_nbdiff.decoding import draws  # noqa: E402
 from vllm_nbdiff.engine import warm_up  # noqa: E402
@@ -23,14 +23,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Specialisations]:
     """By every kernel from here on."""
     for module in (draws, warm_up):
         monkeypatch.setattr(module, "has_kernels", lambda logits: True)
-    # Rows and keys are cut into parts as on a GPU, and keys of short texts too.
-    for module in (logits, segment_attention):
-        monkeypatch.setattr(module, "multiprocessor_count", lambda device: 132)
-    monkeypatch.setattr(kv_split, "MIN_KEYS_PER_SPLIT", 4)
-    kv_split.choose_kv_splits.cache_clear()
+    # Rows of logits are cut into parts as on a GPU.
+    monkeypatch.setattr(logits, "multiprocessor_count", lambda device: 16)
     with recorded_launches() as found:
         yield found
-    kv_split.choose_kv_splits.cache_clear()
 
 
 REQUESTS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
@@ -83,7 +79,8 @@ def test_requests_launch_what_is_compiled(
         assert launched - compiled == set(), own
     assert {name for name, *_ in launched} == {
         "_segment_attention_kernel",
-        "_combine_splits_kernel",
+        "_cut_keys_kernel",
+        "_combine_parts_kernel",
         "_write_kv_kernel",
         "_partial_statistics_kernel",
         "_final_statistics_kernel",

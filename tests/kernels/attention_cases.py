@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from vllm_nbdiff.kernels.attention_tile import tile_of
+from vllm_nbdiff.kernels.kv_parts import KVParts, cut_keys, limits_of
 from vllm_nbdiff.kernels.kv_scales import KVScales
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
@@ -63,16 +65,30 @@ def make_case(
     return Case(q.to(dtype), k_cache, v_cache, SegmentTable(start, kv_len, causal, page_table))
 
 
-def assert_as_good_as_eager(case: Case, kv_scales: KVScales | None = None, **launch: int) -> None:
+def parts_for(case: Case, processors: int, max_query_len: int | None = None) -> KVParts:
+    """Keys cut for so many processors, as if parts cost nothing: short ones too."""
+    num_kv_heads, itemsize = case.k_cache.shape[2], case.k_cache.element_size()
+    tile, group = tile_of(case.q, num_kv_heads, max_query_len), case.q.shape[1] // num_kv_heads
+    limits = limits_of(tile, group, num_kv_heads, processors, itemsize)
+    return cut_keys(case.segments, limits._replace(part_cost=0))
+
+
+def assert_as_good_as_eager(
+    case: Case,
+    kv_scales: KVScales | None = None,
+    processors: int | None = None,
+    max_query_len: int | None = None,
+) -> None:
     """The kernel's error against fp64 is at most twice that of eager PyTorch in the input dtype;
-    rows of no segment are left as they were.
+    rows of no segment are left as they were. Keys are cut for so many processors, or not.
     """
     used = int(case.segments.query_start[-1])
     options = {"scale": case.scale, "kv_scales": kv_scales}
     exact = segment_attention_reference(*case, **options)[:used]
     eager = segment_attention_reference(*case, **options, compute_dtype=case.q.dtype)[:used]
     out = torch.full_like(case.q, UNTOUCHED)
-    ours = segment_attention(*case, **options, out=out, **launch)
+    parts = None if processors is None else parts_for(case, processors, max_query_len)
+    ours = segment_attention(*case, **options, out=out, max_query_len=max_query_len, parts=parts)
     assert (ours[used:] == UNTOUCHED).all()
     bound = 2 * (eager.double() - exact).abs().max()
     assert (ours[:used].double() - exact).abs().max() <= bound

@@ -8,7 +8,7 @@ A script, because the tests' own process interprets kernels: launchers run on CP
 launch is compiled from the types of its arguments instead of being started. Attention reads the
 engine's cache layout. Columns, tab-separated:
 
-    case       types; for attention query heads of a KV head x head size, rows, parts of the keys
+    case       types; for attention query heads of a KV head x head size, rows, keys whole or cut
     spills     bytes of stack per thread
     size       instructions of the program
     shared     bytes of shared memory per program
@@ -33,10 +33,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
-from vllm_nbdiff.kernels import segment_attention as attention
+from vllm_nbdiff.kernels import attention_tile
 from vllm_nbdiff.kernels.kv_scales import FP8, KVScales
 from vllm_nbdiff.kernels.row_sample import row_sample
 from vllm_nbdiff.kernels.row_statistics import row_statistics
+from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.write_kv import write_kv
 
@@ -148,11 +149,9 @@ def compile_attention(shape: Shape, target: int) -> None:
     start, length, causal = (torch.tensor(x, dtype=torch.int32) for x in ([0, rows], [32], [0]))
     table = SegmentTable(start, length, causal, torch.tensor([[0, 1]], dtype=torch.int32))
     q = torch.zeros(rows, 8 * group, head_dim, dtype=dtype)
-    for parts in (1, 4):
-        JITFunction.run = partialmethod(compile_launch, target, f"{shape}, {parts} parts")
-        attention.segment_attention(
-            q, k_cache, v_cache, table, scale=0.1, num_kv_splits=parts, kv_scales=scales
-        )
+    for keys, most in (("whole", 1), ("in parts", 1 << 20)):
+        JITFunction.run = partialmethod(compile_launch, target, f"{shape}, keys {keys}")
+        segment_attention(q, k_cache, v_cache, table, scale=0.1, max_kv_len=most, kv_scales=scales)
 
 
 def compile_rows(dtype: torch.dtype, target: int) -> None:
@@ -178,7 +177,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print("target\tcase\tkernel\tregisters\tspills\tsize\tshared\tbuffers\tresident")
     for target in given.targets:
-        attention.shared_memory = lambda device, target=target: SHARED_KIB[target] * 1024
+        attention_tile.shared_memory = lambda device, target=target: SHARED_KIB[target] * 1024
         for shape in attention_shapes(given.groups, given.heads, target):
             compile_attention(shape, target)
         for dtype in (torch.bfloat16, torch.float32):

@@ -29,7 +29,8 @@ def test_every_kernel_compiles_without_spilling(target: int) -> None:
     assert {launch["kernel"] for launch in launches} == {
         "_write_kv_kernel",
         "_segment_attention_kernel",
-        "_combine_splits_kernel",
+        "_cut_keys_kernel",
+        "_combine_parts_kernel",
         "_partial_statistics_kernel",
         "_final_statistics_kernel",
         "_filter_bounds_kernel",
@@ -42,4 +43,4 @@ def test_every_kernel_compiles_without_spilling(target: int) -> None:
         assert launch["spills"] == "0" or launch["case"].startswith("fp32 4x"), launch
     canvas = [launch for launch in launches if launch["case"].startswith("bf16 4x128, 32 rows, ")]
     attention = [row["buffers"] for row in canvas if row["kernel"] == "_segment_attention_kernel"]
-    assert attention == [BUFFERS[target]] * 4  # pages of 16 and 64, KV split or not
+    assert attention == [BUFFERS[target]] * 4  # pages of 16 and 64, keys whole or cut

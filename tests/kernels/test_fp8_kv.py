@@ -21,12 +21,12 @@ def in_fp8(case: Case) -> Case:
     return case._replace(k_cache=case.k_cache.to(FP8), v_cache=case.v_cache.to(FP8))
 
 
-@pytest.mark.parametrize("num_kv_splits", [1, 3])
+@pytest.mark.parametrize("processors", [None, 12])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention(dtype: torch.dtype, num_kv_splits: int) -> None:
+def test_attention(dtype: torch.dtype, processors: int | None) -> None:
     """Softmax weights keep the rows' precision, so the bound is that of a cache in their dtype."""
     case = in_fp8(make_case(MIXED, dtype, extra_rows=3))
-    assert_as_good_as_eager(case, SCALES, num_kv_splits=num_kv_splits)
+    assert_as_good_as_eager(case, SCALES, processors=processors)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 256])

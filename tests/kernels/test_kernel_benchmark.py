@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernel_cases
+from benchmarks import attention_cases, kernel_cases
 from benchmarks import kernels as command
-from benchmarks.kernel_cases import TOY, Contender, attention_case, write_case
+from benchmarks.attention_cases import attention_case
+from benchmarks.kernel_cases import TOY, Contender, write_case
 from benchmarks.timing import seconds_on_cpu
 
 CONTENDERS = {
+    "segment_attention, one long": {"ours"},
     "segment_attention": {
         "ours",
         "sdpa, KV gathered beforehand",
@@ -29,14 +31,14 @@ CONTENDERS = {
 def test_toy_run_times_every_contender(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["kernels", "--toy", "--requests", "1", "--contexts", "19"]
+    arguments = ["kernels", "--toy", "--requests", "2", "--contexts", "64"]
     monkeypatch.setattr(sys, "argv", arguments)
     assert command.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert "times mean nothing" in lines[0]
     rows = [line.split("\t") for line in lines if not line.startswith("#")][1:]
     assert {k: {r[3] for r in rows if r[0] == k} for k in CONTENDERS} == CONTENDERS
-    assert all(row[1:3] == ["1", "19" if row[0] == "segment_attention" else "0"] for row in rows)
+    assert all(row[1:3] == ["2", "64" if "attention" in row[0] else "0"] for row in rows)
 
 
 def test_what_does_not_fit_is_named(
@@ -78,12 +80,12 @@ def reported(case: kernel_cases.Case, capsys: pytest.CaptureFixture[str]) -> tup
 def test_wrong_results_are_not_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = kernel_cases.segment_attention
+    right = attention_cases.segment_attention
 
     def wrong_scale(*args: Tensor, scale: float, **options: int) -> Tensor:
         return right(*args, scale=scale * 1.01, **options)
 
-    monkeypatch.setattr(kernel_cases, "segment_attention", wrong_scale)
+    monkeypatch.setattr(attention_cases, "segment_attention", wrong_scale)
     failed, why = reported(attention_case(TOY, 1, 19), capsys)
     assert failed == ["ours"] and "AssertionError: error" in why
     monkeypatch.setattr(kernel_cases, "write_kv", lambda *args: None)

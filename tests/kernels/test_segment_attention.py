@@ -5,10 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 from vllm_nbdiff.kernels.attention_tile import tile_shape
-from vllm_nbdiff.kernels.kv_split import MAX_SPLITS, choose_kv_splits
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 
-from tests.kernels.attention_cases import Case, Segment, assert_as_good_as_eager, make_case
+from tests.kernels.attention_cases import (
+    Case,
+    Segment,
+    assert_as_good_as_eager,
+    make_case,
+    parts_for,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HOPPER = 227 * 1024
@@ -25,11 +30,11 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("num_kv_splits", [1, 3])
+@pytest.mark.parametrize("processors", [None, 12])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_segments_of_every_kind_in_one_call(dtype: torch.dtype, num_kv_splits: int) -> None:
+def test_segments_of_every_kind_in_one_call(dtype: torch.dtype, processors: int | None) -> None:
     case = make_case(MIXED, dtype, extra_rows=5)
-    assert_as_good_as_eager(case, num_kv_splits=num_kv_splits)
+    assert_as_good_as_eager(case, processors=processors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -43,13 +48,13 @@ def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
 def test_query_heads_per_kv_head(heads: tuple[int, int]) -> None:
     case = make_case([Segment(11, 40, 0), Segment(6, 6, 1)], torch.float16, heads)
     assert_as_good_as_eager(case)
-    assert_as_good_as_eager(case, max_query_len=11)
+    assert_as_good_as_eager(case, processors=9, max_query_len=11)
 
 
 @pytest.mark.parametrize("page_size", [1, 7, 64])
 def test_page_sizes_with_a_partial_last_page(page_size: int) -> None:
     case = make_case([Segment(8, 59, 0), Segment(3, 101, 1)], page_size=page_size)
-    assert_as_good_as_eager(case, num_kv_splits=2)
+    assert_as_good_as_eager(case, processors=8)
 
 
 @pytest.mark.parametrize("tiles", [1, 2])
@@ -109,7 +114,8 @@ def test_every_mask_of_block_diffusion_in_one_call() -> None:
 def test_contexts_from_none_to_4096_in_one_call() -> None:
     contexts = [0, 1, 15, 16, 17, 511, 4096]
     segments = [Segment(2, context + 2, 0) for context in contexts]
-    assert_as_good_as_eager(make_case(segments, heads=(2, 1)), max_query_len=2, num_kv_splits=4)
+    case = make_case(segments, heads=(2, 1))
+    assert_as_good_as_eager(case, processors=16, max_query_len=2)
 
 
 def test_257_requests() -> None:
@@ -118,17 +124,22 @@ def test_257_requests() -> None:
     assert_as_good_as_eager(make_case(segments, heads=(2, 1)), max_query_len=2)
 
 
-@pytest.mark.parametrize("num_kv_splits", [1, MAX_SPLITS])
-def test_long_context(num_kv_splits: int) -> None:
-    """More parts than the short segment has tiles: the empty ones must not be read."""
+@pytest.mark.parametrize("processors", [None, 132])
+def test_long_context(processors: int | None) -> None:
+    """One that is cut into many parts, beside one that stays whole."""
     case = make_case([Segment(4, 4099, 0), Segment(2, 3, 1)], torch.float16, heads=(2, 1))
-    assert_as_good_as_eager(case, num_kv_splits=num_kv_splits, max_query_len=4)
+    assert_as_good_as_eager(case, processors=processors, max_query_len=4)
+
+
+def test_parts_that_rows_do_not_see() -> None:
+    """The first rows of a prompt see none of the last parts, which must not be read."""
+    assert_as_good_as_eager(make_case([Segment(300, 300, 1)], heads=(2, 1)), processors=400)
 
 
 def test_a_row_without_keys_is_zero() -> None:
     case = make_case([Segment(4, 2, 1)])
-    for splits in (1, 2):
-        ours = segment_attention(*case, scale=case.scale, num_kv_splits=splits, check_values=False)
+    for parts in (None, parts_for(case, 4)):
+        ours = segment_attention(*case, scale=case.scale, parts=parts, check_values=False)
         assert (ours[:2] == 0).all()
         assert ours[2:].isfinite().all() and (ours[2:] != 0).any()
 
@@ -145,14 +156,6 @@ def test_writes_into_out() -> None:
     result = segment_attention(*case, scale=case.scale, out=out)
     assert result is out
     torch.testing.assert_close(out, segment_attention(*case, scale=case.scale))
-
-
-@pytest.mark.parametrize("programs", [1, 8, 64, 131, 160, 1000])
-@pytest.mark.parametrize("max_kv_len", [1, 512, 32768])
-def test_choose_kv_splits(programs: int, max_kv_len: int) -> None:
-    splits = choose_kv_splits(programs, max_kv_len, num_processors=132)
-    assert 1 <= splits <= max(1, max_kv_len // 256)
-    assert splits == 1 or programs < 4 * 132
 
 
 def test_typical_canvas_shares_one_pass_over_kv() -> None:
@@ -193,8 +196,6 @@ def test_wrong_arguments_are_named() -> None:
             segment_attention(*wrong, scale=1.0)
     with pytest.raises(ValueError, match=r"^out: "):
         segment_attention(*case, scale=1.0, out=case.q[:4])
-    with pytest.raises(ValueError, match=r"^num_kv_splits: "):
-        segment_attention(*case, scale=1.0, num_kv_splits=0)
 
 
 def test_scale_must_be_positive() -> None:

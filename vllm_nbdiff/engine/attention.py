@@ -30,6 +30,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.engine.kv_copies import KVCopies
+from vllm_nbdiff.kernels.kv_parts import KVParts, parts_of
 from vllm_nbdiff.kernels.kv_scales import FP8, KVScales
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
@@ -45,8 +46,10 @@ class SegmentMetadata:
     num_tokens: int
     max_query_len: int
     max_kv_len: int
-    likely_segments: int | None = None
-    """With rows, of a captured graph, which has more segments than most steps; None: all."""
+    parts: KVParts | None = None
+    """Into which the first layer cut the keys, for all of them. What a graph is captured with is
+    made for that alone, so it holds that launch too. Upstream: `CudaGraphManager.capture`
+    (vllm/v1/worker/gpu/cudagraph_utils.py)"""
 
 
 class SegmentMetadataBuilder(AttentionMetadataBuilder[SegmentMetadata]):
@@ -91,15 +94,6 @@ class SegmentMetadataBuilder(AttentionMetadataBuilder[SegmentMetadata]):
             max_query_len=common.max_query_len,
             max_kv_len=common.max_seq_len,
         )
-
-    def build_for_cudagraph_capture(
-        self, common_attn_metadata: CommonAttentionMetadata
-    ) -> SegmentMetadata:
-        """Keys are split for steps whose segments are as long as they may be: the fewest."""
-        common = common_attn_metadata
-        metadata = self.build(0, common)
-        metadata.likely_segments = -(-common.num_actual_tokens // common.max_query_len)
-        return metadata
 
 
 class SegmentAttentionBackend(AttentionBackend):
@@ -198,14 +192,22 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
         if attn_metadata is None:  # memory profiling
             return output.fill_(0)
         count = attn_metadata.num_tokens
+        keys, values = self.split(kv_cache)
+        bounds = {
+            "max_query_len": attn_metadata.max_query_len,
+            "max_kv_len": attn_metadata.max_kv_len,
+        }
+        if self.runs_kernels and attn_metadata.parts is None:
+            found = parts_of(query[:count], keys, attn_metadata.segments, **bounds)
+            attn_metadata.parts = found
         self._attend(
             query[:count],
-            *self.split(kv_cache),
+            keys,
+            values,
             attn_metadata.segments,
             scale=self.scale,
-            max_query_len=attn_metadata.max_query_len,
-            max_kv_len=attn_metadata.max_kv_len,
-            likely_segments=attn_metadata.likely_segments,
+            **bounds,
+            parts=attn_metadata.parts,
             out=output[:count],
             kv_scales=self.scales(layer),
         )
@@ -254,7 +256,7 @@ def _torch_attend(
     scale: float,
     out: torch.Tensor,
     kv_scales: KVScales | None,
-    **bounds: int | None,
+    **launch: object,
 ) -> None:
     found = segment_attention_reference(
         q,

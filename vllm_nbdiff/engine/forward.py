@@ -285,7 +285,6 @@ class PagedBatch:
             kv_cache_config=self.kv_cache_config,
             seq_lens_cpu_upper_bound=kv_length if on_host else runner.seq_lens_cpu_upper_bound,
             is_prefilling=torch.zeros(len(kv_length), dtype=torch.bool),
-            for_cudagraph_capture=self.graph is not None and self.graph.several,
             causal=causal,
         )
 

@@ -19,9 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
 
 from vllm_nbdiff.decoding.draws import compile_kernels, has_kernels
 from vllm_nbdiff.engine.attention import SegmentAttentionImpl
-from vllm_nbdiff.kernels.attention_tile import tile_shape
-from vllm_nbdiff.kernels.device import shared_memory
-from vllm_nbdiff.kernels.kv_split import MAX_SPLITS
+from vllm_nbdiff.kernels.attention_tile import tile_of
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.write_kv import write_kv
@@ -30,6 +28,7 @@ from vllm_nbdiff.names import LOGGER
 logger = init_logger(LOGGER)
 
 _MOST_ROWS = 128  # of a segment, beyond which tiles are the same
+_MANY_KEYS = 1 << 20  # of which parts may be cut
 
 
 def warm_up(vllm_config: VllmConfig, layers: Iterable[Any], device: torch.device) -> None:
@@ -59,7 +58,7 @@ def warm_up(vllm_config: VllmConfig, layers: Iterable[Any], device: torch.device
 
 
 def _compile_attention(layer: Any, dtype: torch.dtype) -> None:
-    """Attend with no row, in tiles of every size and with any number of parts, and write none."""
+    """Attend with no row, in tiles of every size, with keys whole and in parts, and write none."""
     impl, cache = layer.impl, layer.kv_cache
     keys, values = impl.split(cache)
     options: dict[str, Any] = {"kv_scales": impl.scales(layer), "check_values": False}
@@ -69,16 +68,11 @@ def _compile_attention(layer: Any, dtype: torch.dtype) -> None:
     write_kv(new, new, keys, values, nowhere, **options)
     none = torch.zeros(2, dtype=torch.int32, device=cache.device)
     table = SegmentTable(none, none[:1], none[:1], none[None, :1])
-    group, room = impl.num_heads // impl.num_kv_heads, shared_memory(cache.device)
-    tiles = {
-        tile_shape(impl.head_size, group, rows, query.element_size(), room): rows
-        for rows in range(1, _MOST_ROWS + 1)
-    }
-    splits = [1 << power for power in range(MAX_SPLITS.bit_length())]
-    for number, rows in enumerate(tiles.values()):
-        # Joining the parts asks for no tile.
-        for parts in splits if number == 0 else splits[:2]:
+    tiles = {tile_of(query, impl.num_kv_heads, rows): rows for rows in range(1, _MOST_ROWS + 1)}
+    for rows in tiles.values():
+        # Where keys may be cut they are computed otherwise, and parts joined.
+        for most in 1, _MANY_KEYS:
             segment_attention(
-                query, keys, values, table, scale=impl.scale, max_query_len=rows,
-                num_kv_splits=parts, **options,
+                query, keys, values, table, scale=impl.scale, max_query_len=rows, max_kv_len=most,
+                **options,
             )  # fmt: skip

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch shapes that were measured: written by the command, taken by the launcher."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from vllm_nbdiff.kernels import attention_tile
+from vllm_nbdiff.kernels.attention_tile import tile_of, tile_shape
+from vllm_nbdiff.kernels.tuned_tiles import (
+    TABLE,
+    TileKind,
+    TileShape,
+    tuned_tiles,
+    write_tuned_tiles,
+)
+
+from benchmarks import tune
+from tests.kernels.attention_cases import Segment, assert_as_good_as_eager, make_case
+
+CANVAS, ROW = TileKind(128, 128, 2), TileKind(128, 16, 2)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    table = tmp_path / "tiles.json"
+    first, second = TileShape(128, 128, 8, 3), TileShape(16, 32, 4, 7, resident=2)
+    write_tuned_tiles("one", {CANVAS: first}, table)
+    write_tuned_tiles("one", {ROW: second}, table)
+    write_tuned_tiles("other", {ROW: second}, table)
+    assert tuned_tiles("one", table) == {CANVAS: first, ROW: second}
+    third = TileShape(128, 32, 8, 4)
+    write_tuned_tiles("one", {CANVAS: third}, table)
+    assert tuned_tiles("one", table) == {CANVAS: third, ROW: second}
+    assert tuned_tiles("other", table) == {ROW: second}
+    assert tuned_tiles("a third", table) == {}
+
+
+def test_the_table_goes_before_the_rule() -> None:
+    tuned = {CANVAS: TileShape(128, 128, 8, 3)}
+
+    def tile(rows: int, head_dim: int = 128) -> TileShape:
+        return tile_shape(head_dim, 4, rows, 2, 227 * 1024, tuned)
+
+    assert tile(32) == tile(100) == tuned[CANVAS]
+    assert tile(1) == tile_shape(128, 4, 1, 2, 227 * 1024)
+    assert tile(32, head_dim=64) == tile_shape(64, 4, 32, 2, 227 * 1024)
+
+
+def test_the_shipped_table_is_of_devices() -> None:
+    """Nothing else reads it: what it says of a kind must be of that kind."""
+    for name in json.loads(TABLE.read_text()):
+        for kind, tile in tuned_tiles(name).items():
+            assert kind.block_m == tile.block_m and tile.num_warps in (4, 8) and tile.resident > 0
+
+
+@pytest.mark.parametrize("processors", [None, 12])
+def test_attention_in_tuned_tiles(monkeypatch: pytest.MonkeyPatch, processors: int | None) -> None:
+    case = make_case([Segment(9, 75, 1), Segment(5, 133, 0)], torch.float16)
+    present = tile_of(case.q, 2)
+    own = present._replace(block_n=2 * present.block_n)
+    kind = TileKind(32, present.block_m, 2)
+    monkeypatch.setattr(attention_tile, "tuned_tiles", lambda name: {kind: own})
+    assert tile_of(case.q, 2) == own
+    assert_as_good_as_eager(case, processors=processors)
+
+
+@pytest.mark.parametrize(("seconds", "block_n"), [(0.97, 32), (0.99, None)])
+def test_the_command_writes_what_is_faster(
+    seconds: float,
+    block_n: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Of the present shape and two others, of which one does not fit."""
+    table = tmp_path / "tiles.json"
+    arguments = ["tune", "--toy", "--requests", "2", "--context", "20", "--table", str(table)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    outcomes = iter([1.0, RuntimeError("out of resource"), seconds])
+
+    def measure(run: Callable[[], Tensor]) -> float:
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(tune, "measure_of", lambda device: measure)
+    tune.main()
+    out = capsys.readouterr().out
+    assert "RuntimeError: out of resource" in out
+    assert f"{int(block_n is not None)} of 1 written" in out
+    tiles = tuned_tiles("cpu", table) if table.exists() else {}
+    assert [tile.block_n for tile in tiles.values()] == ([] if block_n is None else [block_n])
+    assert attention_tile.tuned_tiles is tuned_tiles
+
+
+def test_toy_times_are_not_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune", "--toy"])
+    with pytest.raises(SystemExit):
+        tune.main()
