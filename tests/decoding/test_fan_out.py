@@ -147,6 +147,15 @@ def test_a_token_that_is_read_alone_has_a_canvas_behind_it(family: Family, width
     assert not plan.look[:4].any() and plan.look[4]
 
 
+@pytest.mark.parametrize("fan_out", [0, 4])
+def test_a_draft_behind_a_single_token_stays_on_its_pages(fan_out: int) -> None:
+    facts = {"drafts": True, "fan_out": fan_out, "denoises": False}
+    own = {"drafts": True, "fan_out": fan_out, "verifies": True}
+    plan = plan_of(10, [1] + [MASK] * 7, 1, 14, facts, **own)
+    assert plan.canvases.exists[0, 0]
+    assert int(plan.canvases.start[0, 0] + plan.canvases.high[0, 0]) == 14
+
+
 def test_the_draft_behind_the_break_is_the_next_one() -> None:
     length = 4
     plan = plan_of(

@@ -81,7 +81,7 @@ def test_forwards_without_texts_or_without_canvases(
             CanvasTable(len(requests), LENGTH, 16, torch.device("cpu")),
             [r["block"] * LENGTH for r in requests],
             canvases,
-            [r["guess"] if fused else NO_TOKEN for r, fused in zip(requests, fuses, strict=True)],
+            [r["guess"] for r in requests],  # where a request does not fuse another one's
             page_size=16,
             room=200,
             facts=facts | {"static": static},
@@ -93,6 +93,7 @@ def test_forwards_without_texts_or_without_canvases(
         assert computed(own, request) == computed(padded, request)
     for field in ("text", "reads", "look", "ahead", "step"):
         assert getattr(own, field).tolist() == getattr(padded, field).tolist(), field
+    assert not (own.ahead & ~own.options.fuses).any()
     rows = own.text + LENGTH * own.look.long()
     assert own.segments.length.sum(1).tolist() == rows.tolist()
     if not any(fuses):
@@ -125,3 +126,15 @@ def test_masks_of_a_prompt_stay_where_they_are() -> None:
         return columns
 
     assert active(tail) == active(tail, [KNOWN] * LENGTH) == [False, False, True, True]
+
+
+def test_no_next_canvas_behind_a_text_that_ends() -> None:
+    """Its request needs none: the first one has an end in it, and the second one none."""
+    table = CanvasTable(2, LENGTH, 16, torch.device("cpu"))
+    table.stops[:, 3] = True
+    canvases = [[KNOWN, 3, KNOWN, KNOWN], [KNOWN] * LENGTH]
+    facts = {"verifies": False, "fuses": True}
+    own = {"fuses": [True] * 2, "verifies": [False] * 2, "max_steps": [1] * 2}
+    plan = plan_of_batch(table, [8, 8], canvases, [3, 3], 16, 200, facts, own)
+    assert plan.text.tolist() == [LENGTH] * 2
+    assert plan.ends.tolist() == [True, False] and plan.ahead.tolist() == [False, True]

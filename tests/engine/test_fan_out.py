@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts for break points: text and forwards of the scheme written out in plain transformers."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,35 @@ def test_drafts_beside_other_drafts(engine: Any) -> None:
         return counter(engine, STEPS) - before
 
     assert forwards(*params) == sum(forwards(one) for one in params)
+
+
+def test_a_guess_that_another_request_left_is_not_taken(make_llm: Callable[..., Any]) -> None:
+    """A fused request ends with one in its slot, which is given to a verified request; beside that
+    one another fused request begins."""
+    llm = make_llm(NANO, block_length=32, mask=MASK, skip_tokenizer_init=False)
+    prompts = [f"<|user|>{problem.prompt}<|assistant|>" for problem in problems.held_out(4)]
+    fused = options(fused_commit=1) | {"diffusion_max_steps": 1}
+    engine, numbers = llm.llm_engine, itertools.count()
+
+    def texts(*requests: tuple[int, int, dict[str, Any], int]) -> list[list[int]]:
+        """Of requests that begin after so many steps, with a prompt, options and length each."""
+        waiting, found = {str(next(numbers)): own for own in requests}, {}
+        order, step = list(waiting), 0
+        while waiting or engine.has_unfinished_requests():
+            for name, (begin, prompt, extra, length) in list(waiting.items()):
+                if begin <= step:
+                    params = SamplingParams(
+                        temperature=0, max_tokens=length, ignore_eos=True, extra_args=extra
+                    )
+                    engine.add_request(name, prompts[prompt], params)
+                    del waiting[name]
+            for output in engine.step():
+                found[output.request_id] = list(output.outputs[0].token_ids)
+            step += 1
+        return [found[name] for name in order]
+
+    (expected,) = texts((0, 1, options(mode="ar"), 100))
+    for late in range(2, 8):
+        texts((0, 0, fused, 40))
+        verified, ar = (0, 1, options(mode="verify"), 100), (0, 3, options(mode="ar"), 100)
+        assert texts(verified, ar, (late, 2, fused, 100))[0] == expected, late

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structured output: exact in lossless modes, legal in all of them, nothing to its neighbours."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -218,21 +219,42 @@ def test_no_illegal_token_is_emitted_last(plain_engine: Any) -> None:
     assert endings(generate(plain_engine, requests)) == [("abort", [])] * len(requests)
 
 
-def test_an_aborted_text_is_all_that_was_legal(plain_engine: Any) -> None:
-    """In every lossless mode, whatever its schedules held beside it."""
-    wanted = "Answer: 12 eggs and then 3"
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"choice": ["Answer: 12 eggs and then 3"]},
+        {"choice": ["6"]},
+        {"regex": "[0-9]{1,2}"},
+        {"json": {"type": "integer", "minimum": -3, "maximum": 40}},
+    ],
+    ids=str,
+)
+def test_an_aborted_text_is_all_that_was_legal(
+    constraint: dict[str, Any], plain_engine: Any
+) -> None:
+    """In every lossless mode, whatever its schedules held beside it; block diffusion's own text,
+    which may be another one, is legal to its end too."""
     short = [
         (PROMPTS[i], params(None, max_tokens=1 + i, extra_args={"nbdiff_mode": "ar"}))
         for i in range(3)
     ]
-    found = set()
+
+    def ended(extra: dict[str, Any], beside: list[Any]) -> Any:
+        request = PROMPTS[0], params(constraint, min_tokens=40, extra_args=extra)
+        found = generate(plain_engine, [request, *beside])[0].outputs[0]
+        assert found.finish_reason == "abort"
+        return found.text, list(found.token_ids)
+
+    expected = ended({"nbdiff_mode": "ar"}, [])
     for extra in [*LOSSLESS, {"nbdiff_mode": "auto"}]:
-        request = PROMPTS[0], params({"choice": [wanted]}, min_tokens=40, extra_args=extra)
-        for beside in ([], short):
-            ended = generate(plain_engine, [request, *beside])[0].outputs[0]
-            assert (ended.finish_reason, ended.text) == ("abort", wanted)
-            found.add(tuple(ended.token_ids))
-    assert len(found) == 1
+        assert [ended(extra, beside) for beside in ([], short)] == [expected] * 2, extra
+    texts = {expected[0]}
+    for extra in DIFFUSION:
+        texts |= {ended(extra, beside)[0] for beside in ([], short)}
+    if "choice" in constraint:
+        assert texts == {constraint["choice"][0]}
+    else:
+        assert all(re.fullmatch("-?[0-9]{1,2}", text) for text in texts), texts
 
 
 def test_a_broken_matcher_ends_its_request_alone(

@@ -275,4 +275,6 @@ def _runs_ahead(
         & (start + width <= batch.room)
         & (text + width <= batch.max_rows)
     )
-    return ahead & (state.guess != NO_TOKEN) if facts.guesses else ahead & options.fuses
+    # Of those that do not fuse a guess may be what another request left in their slot.
+    ahead &= options.fuses
+    return ahead & (state.guess != NO_TOKEN) if facts.guesses else ahead

@@ -144,7 +144,7 @@ class DraftChooser:
         """Expected of a request whose drafts have `width` columns.
 
         A round is a forward that verifies, and where the draft is not there yet, one that makes it;
-        that gives one token if drafts are made for break points.
+        that gives one token where drafts are made in the forwards that read it.
         """
         if width == 1:
             return 1.0

@@ -143,7 +143,8 @@ class Decoder:
     def _read_text(self, spread: list[Tensor], looked: Tensor) -> tuple[Canvas, Tensor]:
         """Commit or verify canvases, begin the next ones; which of those to fill."""
         plan, batch, facts = self._plan, self.schedule.batch, self.schedule.facts
-        following = spread[0][:, : plan.num_next]
+        following, chance = (field[:, : plan.num_next] for field in spread[:2])
+        following = self.sampler.grammars.following(following, chance, self.schedule)
         text = decide.read_text(self.table, plan, batch, facts, following)
         tokens = plan.state.tokens
         self.sampler.constraints.keep_text(plan, text.length, self.schedule)
@@ -155,7 +156,6 @@ class Decoder:
             ends = self.table.is_last(batch.slot, plan.options, *own)[:, 0]
             ends &= (text.length > 0) & ~self.emitted.ended
             ends &= self.emitted.count < batch.scheduled
-            chance = spread[1][:, : plan.num_next]
             ends = self.sampler.grammars.possible(ends, chance, text.length, self.schedule)
             if self._worth(ends):
                 self.emitted.append(text.seed[:, None], ends.long())
@@ -191,7 +191,7 @@ class Decoder:
             *(self._of_level(self._of_canvases(field), level) for field in spread),
         )
         accepted = decide.choose(plan, proposal, looked, facts)
-        proposal, accepted = self.sampler.legal(plan, proposal, accepted, schedule)
+        proposal, accepted, lost = self.sampler.legal(plan, proposal, accepted, schedule)
         stuck = looked & ~accepted.any(1)
         if facts.edits:
             masked = proposal.active & (proposal.canvas == facts.mask_token_id)
@@ -209,6 +209,8 @@ class Decoder:
             state = state._replace(step=state.step + torch.where(looked, level, 0))
         # A filled position never changes, so what ends a request needs no commit.
         ends = decide.early_ends(self.table, plan, batch, facts, state, looked)
+        if lost is not None:  # what stands there is legal
+            ends = ends | lost
         if self._worth(ends):
             room = torch.where(self.emitted.ended, 0, batch.scheduled - self.emitted.count)
             if facts.family.block_causal:

@@ -13,8 +13,8 @@ Matchers live on the host, so a batch that holds a grammar reads its canvases ba
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from vllm_nbdiff.decoding.decide import Proposal
 from vllm_nbdiff.decoding.emitted import Emitted
 from vllm_nbdiff.decoding.plan import Plan
 from vllm_nbdiff.decoding.rows import Packed
+from vllm_nbdiff.engine.canvas_walk import DrawAgain, Opened, walk_canvas
 from vllm_nbdiff.engine.counts import Tally
-from vllm_nbdiff.engine.matcher import Failure, Matcher, NothingFits
+from vllm_nbdiff.engine.matcher import Failure, Matcher, NothingFits, apply_bits
 from vllm_nbdiff.engine.schedule import Schedule
 from vllm_nbdiff.names import LOGGER
 
@@ -37,19 +38,6 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 logger = init_logger(LOGGER)
-
-DrawAgain = Callable[[int, Tensor], int | None]
-"""The best token of a row of the last draw under a bitmask [1, W]; None: there is none."""
-
-
-class Opened(NamedTuple):
-    """A canvas that has masked columns, the first of which is drawn under its mask."""
-
-    slot: int
-    matcher: Matcher  # before that column
-    column: int
-    rows: dict[int, int]  # of logits, by column
-    thinks: bool  # that column has no mask yet: it need not be filled
 
 
 class GrammarTable:
@@ -142,6 +130,15 @@ class GrammarTable:
         if chosen:
             apply_bits(logits, torch.from_numpy(bits), chosen)
 
+    def following(self, tokens: Tensor, chance: Tensor, schedule: Schedule) -> Tensor:
+        """`tokens` [B, N] that follow texts, drawn with probability `chance` [B, N]; the mask,
+        which confirms no draft, where a grammar leaves none."""
+        used = self._used[schedule.slots]
+        if not used.any():
+            return tokens
+        own = async_tensor_h2d(used, device=tokens.device)[:, None]
+        return torch.where(own & (chance <= 0), self._mask, tokens)
+
     def possible(self, ends: Tensor, chance: Tensor, length: Tensor, schedule: Schedule) -> Tensor:
         """The `ends` [B] bool of requests with a token behind their text: those whose grammar
         leaves none cannot go on.
@@ -182,67 +179,46 @@ class GrammarTable:
         proposal: Proposal,
         accepted: Tensor,
         draw_again: DrawAgain,
-    ) -> tuple[Proposal, Tensor]:
-        """What of a proposal stays, of canvases [B, L] and of the `accepted` [B, L] bool columns.
+    ) -> tuple[Proposal, Tensor, Tensor | None]:
+        """What of a proposal stays, of canvases [B, L] and of the `accepted` [B, L] bool columns;
+        and, if any, the columns [B, L] bool behind which nothing fits.
 
-        The first masked column is always taken, but for thoughts.
+        The first masked column is always taken, but for thoughts and drafts.
         """
         opened, self._opened = self._opened, {}
         if not opened:
-            return proposal, accepted
+            return proposal, accepted, None
         is_last = (plan.step + 1 >= plan.options.max_steps)[:, None].expand_as(accepted)
-        flags = accepted, is_last, proposal.probability > 0
+        flags = accepted, is_last, proposal.probability > 0, torch.zeros_like(accepted)
         fields = proposal.canvas, proposal.token, *(flag.long() for flag in flags)
         seen = torch.stack(fields, dim=1).cpu().numpy()
         for request, one in opened.items():
             with self._guarded(one.slot):
-                self._walk(one, seen[request], draw_again)
+                if not walk_canvas(one, seen[request], self._mask, draw_again):
+                    self._failed[one.slot] = Failure.LOST
         requests = list(opened)
         index, own = (
             async_tensor_h2d(part, device=accepted.device)
-            for part in (np.array(requests), seen[requests, :3])
+            for part in (np.array(requests), seen[requests][:, [0, 1, 2, 5]])
         )
-        canvas, token, taken = own.unbind(1)
+        canvas, token, taken, lost = own.unbind(1)
         proposal = proposal._replace(
             canvas=proposal.canvas.index_copy(0, index, canvas),
             token=proposal.token.index_copy(0, index, token),
         )
-        return proposal, accepted.index_copy(0, index, taken.bool())
-
-    def _walk(self, one: Opened, own: np.ndarray, draw_again: DrawAgain) -> None:
-        """Change what is proposed for one request: its canvas, tokens, and what is taken, of `own`
-        [5, L], which also says whether the step is its canvas's last, and what has a chance."""
-        canvas, token, taken, is_last, is_likely = own
-        if not one.thinks:
-            taken[one.column] = 1
-        for column in range(one.column, len(canvas)):
-            fresh = bool(taken[column])
-            if not fresh and canvas[column] == self._mask:
-                return
-            fits = one.matcher.accepts(int((token if fresh else canvas)[column]))
-            must_fit = column == one.column and not one.thinks
-            if must_fit and not (fits and is_likely[column]):
-                raise NothingFits
-            if fits:
-                continue
-            other = None
-            if fresh and is_last[column]:
-                other = draw_again(one.rows[column], torch.from_numpy(one.matcher.allowed()))
-            if other is None or not one.matcher.accepts(other):
-                taken[column], canvas[column] = 0, self._mask
-                return
-            token[column] = other
+        lost = torch.zeros_like(accepted).index_copy(0, index, lost.bool())
+        return proposal, accepted.index_copy(0, index, taken.bool()), lost
 
     def _read(self, plan: Plan, schedule: Schedule) -> np.ndarray:
-        """[B, 3 + L] int64: where each request's final text ends, columns of a text that is read,
-        columns and tokens of its canvas."""
+        """[B, 4 + L] int64: where each request's final text ends, columns of a text that is read,
+        whether such texts are drafts, columns and tokens of its canvas."""
         decodes, prompt = schedule.decodes, schedule.batch.computed + schedule.batch.scheduled
-        numbers = (plan.state.start, prompt, plan.text)
+        numbers = (plan.state.start, prompt, plan.text, plan.options.verifies.long())
         columns = [*(field[:, None] for field in numbers), plan.canvases.width[:, :1]]
         seen = torch.cat([*columns, plan.state.tokens], dim=1).cpu().numpy()
         # A prompt ends where nothing of a canvas is read.
         seen[:, 1] = np.where(decodes, seen[:, 0], seen[:, 1])
-        seen[:, 3] *= decodes
+        seen[:, 4] *= decodes
         return seen[:, 1:]
 
     def _masks(
@@ -250,7 +226,7 @@ class GrammarTable:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Rows of logits of a request, and the bits of what each may give."""
         matcher = self._matchers[slot]
-        end, text, width, *tokens = seen
+        end, text, drafts, width, *tokens = seen
         behind = self._text[slot, matcher.position : end].tolist() if end > matcher.position else []
         matcher.follow(behind)
         if not width:  # a prompt ends
@@ -262,12 +238,14 @@ class GrammarTable:
             if not text and tokens[column] == self._mask:
                 own = {place - num_next: row for place, row in rows.items()}
                 if not matcher.has_ended:
-                    self._opened[request] = Opened(slot, matcher, column, own, matcher.thinks)
+                    self._opened[request] = Opened(
+                        slot, matcher, column, own, matcher.thinks, bool(drafts)
+                    )
                 if matcher.constrains:
                     yield own[column], matcher.allowed()
                 return
             if not matcher.accepts(tokens[column]):
-                if column == first or not text:
+                if column == first or not (text or drafts):
                     raise NothingFits
                 return  # verification will not keep this draft
             place = column if num_next > 1 else column + 1 - text
@@ -284,11 +262,3 @@ class GrammarTable:
         except Exception:
             logger.exception("A grammar failed")
             self._failed[slot] = Failure.BROKEN
-
-
-def apply_bits(logits: Tensor, bits: Tensor, rows: list[int]) -> None:
-    """Ban, in `rows` of logits [n, V], tokens whose bit in `bits` [n, W] int32 is 0, in place."""
-    import xgrammar
-
-    bits = bits.to(logits.device, non_blocking=True)
-    xgrammar.apply_token_bitmask_inplace(logits, bits, indices=rows)

@@ -156,3 +156,11 @@ class Matcher:
             self._grammar.rollback(matched)
         if self._thoughts is not None:
             self._thoughts.back(sum(passed.thought for passed in behind))
+
+
+def apply_bits(logits: Tensor, bits: Tensor, rows: list[int]) -> None:
+    """Ban, in `rows` of logits [n, V], tokens whose bit in `bits` [n, W] int32 is 0, in place."""
+    import xgrammar
+
+    bits = bits.to(logits.device, non_blocking=True)
+    xgrammar.apply_token_bitmask_inplace(logits, bits, indices=rows)

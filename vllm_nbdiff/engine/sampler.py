@@ -16,8 +16,9 @@ from vllm_nbdiff.decoding.plan import Plan
 from vllm_nbdiff.decoding.rows import Packed
 from vllm_nbdiff.decoding.sampling import Drawn, RowParams, is_sound
 from vllm_nbdiff.engine.constraints import ConstraintTable
-from vllm_nbdiff.engine.grammars import GrammarTable, apply_bits
+from vllm_nbdiff.engine.grammars import GrammarTable
 from vllm_nbdiff.engine.logprobs import LogprobTable
+from vllm_nbdiff.engine.matcher import apply_bits
 from vllm_nbdiff.engine.schedule import Schedule
 from vllm_nbdiff.kernels.uniform import uniform
 
@@ -74,12 +75,13 @@ class RowSampler:
 
     def legal(
         self, plan: Plan, proposal: Proposal, accepted: Tensor, schedule: Schedule
-    ) -> tuple[Proposal, Tensor]:
+    ) -> tuple[Proposal, Tensor, Tensor | None]:
         """What of a proposal, and of its `accepted` [B, L] bool columns, no constraint and no
-        grammar refuses now that the columns are filled together."""
-        proposal, accepted = self.grammars.walk(plan, proposal, accepted, self._draw_again)
+        grammar refuses now that the columns are filled together; and, if any, the columns [B, L]
+        bool behind which a grammar leaves nothing."""
+        proposal, accepted, lost = self.grammars.walk(plan, proposal, accepted, self._draw_again)
         accepted = self.constraints.undo_bad_words(accepted, plan, proposal, schedule)
-        return proposal, accepted & (proposal.token != self.mask_token_id)
+        return proposal, accepted & (proposal.token != self.mask_token_id), lost
 
     def _draw_again(self, row: int, bits: Tensor) -> int | None:
         """The token for one of the last draw's constrained rows under a bitmask [1, W]."""
