@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.decoding.plans import MASK, plan_of, plan_of_batch, seen_by_segments
 from vllm_nbdiff.decoding.canvas import NO_TOKEN, CanvasTable
 from vllm_nbdiff.decoding.decide import Text
-from vllm_nbdiff.decoding.fan_out import drafts, likeliest, survival, width_of
+from vllm_nbdiff.decoding.fan_out import drafts, likeliest, made, survival, width_of
 from vllm_nbdiff.engine.lookahead import break_point_room
 from vllm_nbdiff.families.family import NBDIFF, NEMOTRON, Family
 
@@ -170,3 +170,28 @@ def test_the_draft_behind_the_break_is_the_next_one() -> None:
         found = drafts(plan, Text(one, one, 10 + one, one > 9), token, chance, MASK)
         assert found.token[0].tolist() == (expected or [MASK] * length)
         assert bool(found.hit) == (expected is not None)
+
+
+def test_drafts_are_of_those_who_ask_for_them() -> None:
+    """Beside them: one that fuses, whose next canvas begins where its text ends, and one whose
+    text is its seed alone, of which no fan-out is counted."""
+    table = CanvasTable(3, 4, 16, torch.device("cpu"))
+    own = {
+        "drafts": [True, False, True],
+        "verifies": [True, False, True],
+        "fan_out": [2, 0, 2],
+        "fuses": [False, True, False],
+        "max_steps": [1, 1, 1],
+    }
+    facts = {"drafts": True, "fan_out": 2, "fuses": True}
+    canvases = [[1, 2, 3, 4], [1, 2, 3, 4], [1, MASK, MASK, MASK]]
+    plan = plan_of_batch(table, 3 * [10], canvases, [NO_TOKEN, 5, NO_TOKEN], 1, 200, facts, own)
+    assert plan.text.tolist() == [4, 4, 1] and plan.ahead.tolist() == [False, True, False]
+    assert plan.canvases.exists[:, 0].all()
+    begin = plan.canvases.start[:, 0]
+    text = Text(begin - 10, begin, begin, begin < 0)
+    shape = plan.canvases.tokens.shape
+    found = drafts(plan, text, torch.full(shape, 7), torch.ones(shape), MASK)
+    assert found.hit.tolist() == [True, False, True]
+    count, hit = made(plan, found.hit)
+    assert count.tolist() == [2, 0, 0] and hit.tolist() == [True, False, False]
