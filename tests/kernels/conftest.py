@@ -19,7 +19,7 @@ if DEVICE.type == "cpu":
     interpret_kernels()
 else:
     # About commands, which interpret the kernels.
-    collect_ignore += ["test_kernel_benchmark.py", "test_step_benchmark.py"]
+    collect_ignore += ["test_kernel_benchmark.py", "test_step_benchmark.py", "test_tune.py"]
 
 INTEGER_POISON = -1_000_003
 

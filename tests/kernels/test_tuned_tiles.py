@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch shapes that were measured: written by the command, taken by the launcher."""
+"""Launch shapes that were measured: kept in a table, taken by the launcher."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from vllm_nbdiff.kernels import attention_tile
 from vllm_nbdiff.kernels.attention_tile import tile_of, tile_shape
 from vllm_nbdiff.kernels.tuned_tiles import (
@@ -19,7 +16,6 @@ from vllm_nbdiff.kernels.tuned_tiles import (
     write_tuned_tiles,
 )
 
-from benchmarks import tune
 from tests.kernels.attention_cases import Segment, assert_as_good_as_eager, make_case
 
 CANVAS, ROW = TileKind(128, 128, 2), TileKind(128, 16, 2)
@@ -66,39 +62,3 @@ def test_attention_in_tuned_tiles(monkeypatch: pytest.MonkeyPatch, processors: i
     monkeypatch.setattr(attention_tile, "tuned_tiles", lambda name: {kind: own})
     assert tile_of(case.q, 2) == own
     assert_as_good_as_eager(case, processors=processors)
-
-
-@pytest.mark.parametrize(("seconds", "block_n"), [(0.97, 32), (0.99, None)])
-def test_the_command_writes_what_is_faster(
-    seconds: float,
-    block_n: int | None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
-    """Of the present shape and two others, of which one does not fit."""
-    table = tmp_path / "tiles.json"
-    arguments = ["tune", "--toy", "--requests", "2", "--context", "20", "--table", str(table)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    outcomes = iter([1.0, RuntimeError("out of resource"), seconds])
-
-    def measure(run: Callable[[], Tensor]) -> float:
-        outcome = next(outcomes)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    monkeypatch.setattr(tune, "measure_of", lambda device: measure)
-    tune.main()
-    out = capsys.readouterr().out
-    assert "RuntimeError: out of resource" in out
-    assert f"{int(block_n is not None)} of 1 written" in out
-    tiles = tuned_tiles("cpu", table) if table.exists() else {}
-    assert [tile.block_n for tile in tiles.values()] == ([] if block_n is None else [block_n])
-    assert attention_tile.tuned_tiles is tuned_tiles
-
-
-def test_toy_times_are_not_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tune", "--toy"])
-    with pytest.raises(SystemExit):
-        tune.main()
