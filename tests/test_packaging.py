@@ -47,7 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_and_no_top_level_kernels(wheel: Path) -> None:
     expected = {f"vllm_nbdiff/{path}" for path in modules(ROOT / "vllm_nbdiff")}
     expected |= {f"vllm_nbdiff/kernels/{path}" for path in modules(ROOT / "kernels")}
-    expected.add("vllm_nbdiff/py.typed")
+    expected |= {"vllm_nbdiff/py.typed", "vllm_nbdiff/kernels/tuned_tiles.json"}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == expected
 
