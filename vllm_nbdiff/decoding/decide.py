@@ -28,7 +28,12 @@ class Text(NamedTuple):
 
 
 def read_text(
-    table: CanvasTable, plan: Plan, batch: Batch, facts: Facts, following: Tensor
+    table: CanvasTable,
+    plan: Plan,
+    batch: Batch,
+    facts: Facts,
+    following: Tensor,
+    empty: Tensor | None = None,
 ) -> Text:
     """Commit or verify canvases.
 
@@ -39,6 +44,7 @@ def read_text(
         facts: of the batch.
         following: [B, N] int64, the token drawn after each column of a text, where needed; of a
             prompt the first one holds what follows it.
+        empty: [B, N] bool, rows in which no token was left to draw; None: there are none.
     """
     state, text = plan.state, plan.text
     length, seed = text, following[:, 0]
@@ -47,6 +53,8 @@ def read_text(
         following = torch.where(plan.rows.needed[:, : plan.num_next], following, _shifted(state))
         right = following[:, :-1] == state.tokens[:, 1:]
         right &= table.columns[:-1] < text[:, None] - 1
+        if empty is not None:
+            right &= ~(empty & plan.rows.needed[:, : plan.num_next])[:, :-1]
         length = torch.minimum((~right).cumsum(1).eq(0).sum(1) + 1, text)
         seed = following.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0]
     begin = state.start + length

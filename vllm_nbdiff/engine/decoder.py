@@ -144,8 +144,8 @@ class Decoder:
         """Commit or verify canvases, begin the next ones; which of those to fill."""
         plan, batch, facts = self._plan, self.schedule.batch, self.schedule.facts
         following, chance = (field[:, : plan.num_next] for field in spread[:2])
-        following = self.sampler.grammars.following(following, chance, self.schedule)
-        text = decide.read_text(self.table, plan, batch, facts, following)
+        empty = self.sampler.grammars.empty(chance, self.schedule)
+        text = decide.read_text(self.table, plan, batch, facts, following, empty)
         tokens = plan.state.tokens
         self.sampler.constraints.keep_text(plan, text.length, self.schedule)
         self._emit(tokens, text.length, plan.state.start)

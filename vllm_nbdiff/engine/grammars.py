@@ -130,14 +130,13 @@ class GrammarTable:
         if chosen:
             apply_bits(logits, torch.from_numpy(bits), chosen)
 
-    def following(self, tokens: Tensor, chance: Tensor, schedule: Schedule) -> Tensor:
-        """`tokens` [B, N] that follow texts, drawn with probability `chance` [B, N]; the mask,
-        which confirms no draft, where a grammar leaves none."""
+    def empty(self, chance: Tensor, schedule: Schedule) -> Tensor | None:
+        """[B, N] bool: rows of texts, whose draws have the probability `chance` [B, N], in which
+        a grammar left no token: what stands for one confirms no draft. None: without grammars."""
         used = self._used[schedule.slots]
         if not used.any():
-            return tokens
-        own = async_tensor_h2d(used, device=tokens.device)[:, None]
-        return torch.where(own & (chance <= 0), self._mask, tokens)
+            return None
+        return async_tensor_h2d(used, device=chance.device)[:, None] & (chance <= 0)
 
     def possible(self, ends: Tensor, chance: Tensor, length: Tensor, schedule: Schedule) -> Tensor:
         """The `ends` [B] bool of requests with a token behind their text: those whose grammar
