@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structured output of every family: legal, whatever its blocks look like and where they begin."""
 
+import re
 import shutil
 from pathlib import Path
 from random import Random
@@ -65,6 +66,27 @@ def test_every_text_is_legal(family: str, tmp_path: Path) -> None:
         ]
         assert len(texts) > 8
         assert [pair for pair in texts if not is_valid(*pair)] == []
+    _all_that_is_legal_is_given(llm)
+
+
+def _all_that_is_legal_is_given(llm: Any) -> None:
+    """Where `min_tokens` bans the end of a text that is complete: wherever in a block that is, with
+    room for one more token, and with room for many."""
+    cases = [(length, most) for length in range(1, 10) for most in (length + 1, 60)]
+    params = [
+        SamplingParams(
+            temperature=0,
+            min_tokens=most,
+            max_tokens=most,
+            structured_outputs=StructuredOutputsParams(regex=f"[0-9]{{{length}}}"),
+        )
+        for length, most in cases
+    ]
+    prompts: list[Any] = [{"prompt_token_ids": [19, 26, 33, 40, 47]}] * len(cases)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for (length, _), output in zip(cases, outputs, strict=True):
+        (end,) = output.outputs
+        assert end.finish_reason == "abort" and re.fullmatch(f"[0-9]{{{length}}}", end.text)
 
 
 def test_thoughts_have_a_budget(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def read_text(
         right = following[:, :-1] == state.tokens[:, 1:]
         right &= table.columns[:-1] < text[:, None] - 1
         if empty is not None:
-            right &= ~(empty & plan.rows.needed[:, : plan.num_next])[:, :-1]
+            right &= ~empty[:, :-1]
         length = torch.minimum((~right).cumsum(1).eq(0).sum(1) + 1, text)
         seed = following.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0]
     begin = state.start + length
@@ -140,6 +140,15 @@ def _all_are_due(active: Tensor, confidence: Tensor, quota: Tensor | None) -> bo
         return False
     # What has no confidence ranks no higher than what is not active.
     return torch.equal(active & (confidence > -torch.inf), active)
+
+
+def stuck(proposal: Proposal, accepted: Tensor, looked: Tensor, facts: Facts) -> Tensor:
+    """[B] bool: of requests `looked` [B] bool those of whose masks the `accepted` [B, L] bool
+    columns fill none."""
+    if not facts.edits:
+        return looked & ~accepted.any(1)
+    masked = proposal.active & (proposal.canvas == facts.mask_token_id)
+    return looked & masked.any(1) & ~(accepted & masked).any(1)
 
 
 def take_likeliest(

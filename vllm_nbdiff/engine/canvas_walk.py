@@ -28,30 +28,31 @@ class Opened(NamedTuple):
 
 
 def walk_canvas(one: Opened, own: np.ndarray, mask: int, draw_again: DrawAgain) -> bool:
-    """Change what is proposed for one request: its canvas, tokens, what is taken, and, the last
-    one, behind which column nothing fits, of `own` [6, L], which also says whether the step is its
-    canvas's last, and what has a chance. Returns whether the request can go on."""
-    canvas, token, taken, is_last, is_likely, lost = own
+    """Change what is proposed for one request: its canvas, tokens, and what is taken, of `own`
+    [5, L], which also says whether the step is its canvas's last, and what has a chance.
+
+    Returns:
+        Whether the request can go on: something fits in the first masked column.
+    """
+    canvas, token, taken, is_last, is_likely = own
     if not one.thinks:
         taken[one.column] = 1
     for column in range(one.column, len(canvas)):
         fresh = bool(taken[column])
         if not fresh and canvas[column] == mask:
             return True
-        fits = one.matcher.accepts(int((token if fresh else canvas)[column]))
-        must_fit = column == one.column and not one.thinks
-        if must_fit and not (fits and is_likely[column]):
-            if one.drafts:  # what verifies the text before it will find out
-                taken[column:], canvas[column] = 0, mask
-                return True
-            lost[:column] = np.arange(column) == column - 1
-            return False
-        if fits:
+        # What has no chance stands for no token, and may be one that the grammar has.
+        drawn = not fresh or bool(is_likely[column])
+        if drawn and one.matcher.accepts(int((token if fresh else canvas)[column])):
             continue
+        must_fit = column == one.column and not one.thinks
+        if must_fit and not one.drafts:
+            return False
         other = None
-        if fresh and is_last[column]:
+        if fresh and is_last[column] and not must_fit:
             other = draw_again(one.rows[column], torch.from_numpy(one.matcher.allowed()))
         if other is None or not one.matcher.accepts(other):
+            # A draft's text finds out when it is verified.
             taken[column], canvas[column] = 0, mask
             return True
         token[column] = other

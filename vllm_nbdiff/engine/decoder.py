@@ -144,7 +144,8 @@ class Decoder:
         """Commit or verify canvases, begin the next ones; which of those to fill."""
         plan, batch, facts = self._plan, self.schedule.batch, self.schedule.facts
         following, chance = (field[:, : plan.num_next] for field in spread[:2])
-        empty = self.sampler.grammars.empty(chance, self.schedule)
+        needed = plan.rows.needed[:, : plan.num_next]
+        empty = self.sampler.grammars.empty(needed, chance, self.schedule)
         text = decide.read_text(self.table, plan, batch, facts, following, empty)
         tokens = plan.state.tokens
         self.sampler.constraints.keep_text(plan, text.length, self.schedule)
@@ -156,7 +157,9 @@ class Decoder:
             ends = self.table.is_last(batch.slot, plan.options, *own)[:, 0]
             ends &= (text.length > 0) & ~self.emitted.ended
             ends &= self.emitted.count < batch.scheduled
-            ends = self.sampler.grammars.possible(ends, chance, text.length, self.schedule)
+            if empty is not None:
+                reads = plan.reads & ~self.emitted.ended
+                ends &= ~self.sampler.grammars.lose(reads, text.length, empty, self.schedule)
             if self._worth(ends):
                 self.emitted.append(text.seed[:, None], ends.long())
                 self.emitted.ended |= ends
@@ -191,11 +194,10 @@ class Decoder:
             *(self._of_level(self._of_canvases(field), level) for field in spread),
         )
         accepted = decide.choose(plan, proposal, looked, facts)
-        proposal, accepted, lost = self.sampler.legal(plan, proposal, accepted, schedule)
-        stuck = looked & ~accepted.any(1)
-        if facts.edits:
-            masked = proposal.active & (proposal.canvas == facts.mask_token_id)
-            stuck = looked & masked.any(1) & ~(accepted & masked).any(1)
+        proposal, accepted, legal = self.sampler.legal(plan, proposal, accepted, schedule)
+        stuck = decide.stuck(proposal, accepted, looked, facts)
+        if legal is not None:  # or ends with this forward
+            stuck &= legal < 0
         if self._worth(stuck):
             proposal, accepted = self._unstick(packed, proposal, accepted, stuck, level)
         self._filled = Filled(proposal.token, accepted, level)
@@ -209,8 +211,8 @@ class Decoder:
             state = state._replace(step=state.step + torch.where(looked, level, 0))
         # A filled position never changes, so what ends a request needs no commit.
         ends = decide.early_ends(self.table, plan, batch, facts, state, looked)
-        if lost is not None:  # what stands there is legal
-            ends = ends | lost
+        if legal is not None:
+            ends = torch.where((legal < 0)[:, None], ends, self.table.columns == legal[:, None] - 1)
         if self._worth(ends):
             room = torch.where(self.emitted.ended, 0, batch.scheduled - self.emitted.count)
             if facts.family.block_causal:

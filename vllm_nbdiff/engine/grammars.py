@@ -130,30 +130,25 @@ class GrammarTable:
         if chosen:
             apply_bits(logits, torch.from_numpy(bits), chosen)
 
-    def empty(self, chance: Tensor, schedule: Schedule) -> Tensor | None:
-        """[B, N] bool: rows of texts, whose draws have the probability `chance` [B, N], in which
-        a grammar left no token: what stands for one confirms no draft. None: without grammars."""
+    def empty(self, needed: Tensor, chance: Tensor, schedule: Schedule) -> Tensor | None:
+        """[B, N] bool: rows of texts that are `needed` [B, N] bool, and whose draws have the
+        probability `chance` [B, N], in which a grammar left no token: what is drawn there stands
+        for none. None: there is no grammar."""
         used = self._used[schedule.slots]
         if not used.any():
             return None
-        return async_tensor_h2d(used, device=chance.device)[:, None] & (chance <= 0)
+        own = async_tensor_h2d(used, device=chance.device)[:, None]
+        return own & needed & (chance <= 0)
 
-    def possible(self, ends: Tensor, chance: Tensor, length: Tensor, schedule: Schedule) -> Tensor:
-        """The `ends` [B] bool of requests with a token behind their text: those whose grammar
-        leaves none cannot go on.
-
-        Args:
-            chance: [B, N] float, probability of what follows each column of a text.
-            length: [B] int64, columns of it that are final.
-        """
-        used = self._used[schedule.slots]
-        if not used.any():
-            return ends
-        last = (length - 1).clamp(min=0, max=chance.shape[1] - 1)
-        is_lost = ends & (chance.gather(1, last[:, None])[:, 0] <= 0)
-        lost = is_lost.cpu().numpy() & used
-        self._failed |= dict.fromkeys(schedule.slots[lost].tolist(), Failure.LOST)
-        return ends & ~async_tensor_h2d(lost, device=ends.device)
+    def lose(self, reads: Tensor, length: Tensor, empty: Tensor, schedule: Schedule) -> Tensor:
+        """[B] bool: of requests that `reads` [B] bool texts, or their prompts' ends, those that
+        cannot go on, as the row behind the `length` [B] columns that are final is `empty` [B, N]
+        bool."""
+        behind = (length - 1).clamp(min=0, max=empty.shape[1] - 1)
+        lost = reads & empty.gather(1, behind[:, None])[:, 0]
+        slots = schedule.slots[lost.cpu().numpy()]
+        self._failed |= dict.fromkeys(slots.tolist(), Failure.LOST)
+        return lost
 
     def _rows(
         self, plan: Plan, packed: Packed, owner: np.ndarray, schedule: Schedule
@@ -180,7 +175,8 @@ class GrammarTable:
         draw_again: DrawAgain,
     ) -> tuple[Proposal, Tensor, Tensor | None]:
         """What of a proposal stays, of canvases [B, L] and of the `accepted` [B, L] bool columns;
-        and, if any, the columns [B, L] bool behind which nothing fits.
+        and, of requests that cannot go on, the columns [B] int64 that are legal, -1 of the others;
+        None: all can.
 
         The first masked column is always taken, but for thoughts and drafts.
         """
@@ -188,25 +184,27 @@ class GrammarTable:
         if not opened:
             return proposal, accepted, None
         is_last = (plan.step + 1 >= plan.options.max_steps)[:, None].expand_as(accepted)
-        flags = accepted, is_last, proposal.probability > 0, torch.zeros_like(accepted)
+        flags = accepted, is_last, proposal.probability > 0
         fields = proposal.canvas, proposal.token, *(flag.long() for flag in flags)
         seen = torch.stack(fields, dim=1).cpu().numpy()
+        legal = np.full(len(seen), -1)
         for request, one in opened.items():
             with self._guarded(one.slot):
                 if not walk_canvas(one, seen[request], self._mask, draw_again):
                     self._failed[one.slot] = Failure.LOST
+                    legal[request] = one.column
         requests = list(opened)
-        index, own = (
+        index, own, columns = (
             async_tensor_h2d(part, device=accepted.device)
-            for part in (np.array(requests), seen[requests][:, [0, 1, 2, 5]])
+            for part in (np.array(requests), seen[requests, :3], legal)
         )
-        canvas, token, taken, lost = own.unbind(1)
+        canvas, token, taken = own.unbind(1)
         proposal = proposal._replace(
             canvas=proposal.canvas.index_copy(0, index, canvas),
             token=proposal.token.index_copy(0, index, token),
         )
-        lost = torch.zeros_like(accepted).index_copy(0, index, lost.bool())
-        return proposal, accepted.index_copy(0, index, taken.bool()), lost
+        accepted = accepted.index_copy(0, index, taken.bool())
+        return proposal, accepted, columns if (legal >= 0).any() else None
 
     def _read(self, plan: Plan, schedule: Schedule) -> np.ndarray:
         """[B, 4 + L] int64: where each request's final text ends, columns of a text that is read,

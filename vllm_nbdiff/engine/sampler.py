@@ -77,11 +77,11 @@ class RowSampler:
         self, plan: Plan, proposal: Proposal, accepted: Tensor, schedule: Schedule
     ) -> tuple[Proposal, Tensor, Tensor | None]:
         """What of a proposal, and of its `accepted` [B, L] bool columns, no constraint and no
-        grammar refuses now that the columns are filled together; and, if any, the columns [B, L]
-        bool behind which a grammar leaves nothing."""
-        proposal, accepted, lost = self.grammars.walk(plan, proposal, accepted, self._draw_again)
+        grammar refuses now that the columns are filled together; and of requests that cannot go
+        on the columns [B] int64 that are legal, -1 of others; None: all can."""
+        proposal, accepted, legal = self.grammars.walk(plan, proposal, accepted, self._draw_again)
         accepted = self.constraints.undo_bad_words(accepted, plan, proposal, schedule)
-        return proposal, accepted & (proposal.token != self.mask_token_id), lost
+        return proposal, accepted & (proposal.token != self.mask_token_id), legal
 
     def _draw_again(self, row: int, bits: Tensor) -> int | None:
         """The token for one of the last draw's constrained rows under a bitmask [1, W]."""
