@@ -11,9 +11,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from vllm_nbdiff.kernels.attention_launch import attention_launch
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
 from vllm_nbdiff.kernels.segment_table import SegmentTable
+from vllm_nbdiff.kernels.tuned_tiles import TileShape
 
 from benchmarks.kernel_cases import (
     Case,
@@ -130,10 +132,18 @@ def check_of(batch: Batch, rows: int) -> Callable[[Tensor], None]:
     return check
 
 
-def our_attention(batch: Batch, rows: int, longest: int) -> Callable[[], Tensor]:
-    """As a layer runs it whose forward has only one."""
-    bounds = {"max_query_len": rows, "max_kv_len": longest}
-    return lambda: segment_attention(*batch.inputs, scale=batch.scale, **bounds)
+def our_attention(
+    batch: Batch, rows: int, longest: int, tile: TileShape | None = None
+) -> Callable[[], Tensor]:
+    """As the first layer of a forward runs it, in tiles of that shape if given."""
+    inputs = batch.q, batch.k_cache, batch.table
+
+    def run() -> Tensor:
+        bounds = {"max_query_len": rows, "max_kv_len": longest}
+        launch = attention_launch(*inputs, **bounds, tile=tile)
+        return segment_attention(*batch.inputs, scale=batch.scale, launch=launch)
+
+    return run
 
 
 def attention_case(shapes: Shapes, requests: int, context: int) -> Case:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vllm_nbdiff.kernels.kv_parts import KVParts, parts_of
+from vllm_nbdiff.kernels.attention_launch import attention_launch
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.write_kv import write_kv
@@ -223,10 +223,7 @@ class Step:
             self.add_and_normalize = torch.compile(add_and_normalize)
             self.rotate, self.gate = torch.compile(rotate), torch.compile(gate)
 
-    def _attention(
-        self, x: Tensor, layer: Layer, cache: Tensor, parts: KVParts | None
-    ) -> tuple[Tensor, KVParts | None]:
-        """Its result, and into what the first layer cut the keys, for all of them."""
+    def _attention(self, x: Tensor, layer: Layer, cache: Tensor) -> Tensor:
         c, batch = self.config, self.batch
         heads = (c.q_heads, c.kv_heads, c.kv_heads)
         qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), sum(heads), c.head_dim)
@@ -234,21 +231,21 @@ class Step:
         q, key = rotated.split(heads[:2], dim=1)
         k_cache, v_cache = cache.transpose(1, 2).split(c.head_dim, dim=-1)
         write_kv(key, qkv[:, -c.kv_heads :], k_cache, v_cache, batch.slots)
+        if cache is batch.caches[0]:  # the first layer finds it for all of them
+            bounds = {"max_query_len": c.block, "max_kv_len": batch.kv_len}
+            self.launch = attention_launch(q, k_cache, batch.segments, **bounds)
         inputs, scale = (q, k_cache, v_cache, batch.segments), c.head_dim**-0.5
-        bounds = {"max_query_len": c.block, "max_kv_len": batch.kv_len}
-        if parts is None:
-            parts = parts_of(q, k_cache, batch.segments, **bounds)
-        out = segment_attention(*inputs, scale=scale, **bounds, parts=parts)
-        return F.linear(out.flatten(1), layer.o, layer.o_bias), parts
+        out = segment_attention(*inputs, scale=scale, launch=self.launch)
+        return F.linear(out.flatten(1), layer.o, layer.o_bias)
 
     def __call__(self) -> StepResult:
         w, eps = self.weights, self.config.eps
         planned = self.canvases.plan()
         x = w.embedding[planned.tokens]
-        residual, parts = torch.zeros_like(x), None
+        residual = torch.zeros_like(x)
         for layer, cache in zip(w.layers, self.batch.caches, strict=True):
             x, residual = self.add_and_normalize(x, residual, layer.attention_norm, eps)
-            x, parts = self._attention(x, layer, cache, parts)
+            x = self._attention(x, layer, cache)
             x, residual = self.add_and_normalize(x, residual, layer.mlp_norm, eps)
             x = F.linear(self.gate(F.linear(x, layer.gate_up)), layer.down)
         hidden, _ = self.add_and_normalize(x, residual, w.norm, eps)

@@ -24,9 +24,9 @@ if "--toy" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch
-from vllm_nbdiff.kernels import attention_tile
-from vllm_nbdiff.kernels.attention_tile import tile_of
-from vllm_nbdiff.kernels.device import device_name
+from vllm_nbdiff.kernels.attention_launch import attention_launch
+from vllm_nbdiff.kernels.attention_tile import resident
+from vllm_nbdiff.kernels.device import device_name, shared_memory
 from vllm_nbdiff.kernels.tuned_tiles import TABLE, TileKind, TileShape, write_tuned_tiles
 
 from benchmarks.attention_cases import batch_of, check_of, our_attention
@@ -37,14 +37,13 @@ GAIN = 0.02
 BLOCKS_N, WARPS, STAGES = (32, 64, 128), (4, 8), (2, 3, 4, 5, 7)
 
 
-def candidates(present: TileShape, toy: bool) -> Iterator[TileShape]:
-    """Other launch shapes of the same query rows."""
+def candidates(kind: TileKind, toy: bool, memory: int) -> Iterator[TileShape]:
+    """Launch shapes of a kind on a device with so many bytes of shared memory."""
     choices = [(16, 32), (4,), (2,)] if toy else [BLOCKS_N, WARPS, STAGES]
-    for block_n, num_warps, num_stages in product(*choices):
-        resident = 2 if num_warps == 4 and present.block_m < 128 else 1
-        tile = TileShape(present.block_m, block_n, num_warps, num_stages, resident)
-        if tile != present:
-            yield tile
+    for own in product(*choices):
+        shape = kind.block_m, *own
+        held = resident(kind.head_dim, kind.itemsize, shape, memory)
+        yield TileShape(*shape, held)
 
 
 def fastest(
@@ -52,24 +51,23 @@ def fastest(
 ) -> tuple[TileKind, TileShape | None]:
     """The launch shape for segments of so many rows; None: the present one."""
     batch, longest = batch_of(shapes, contexts, rows), max(contexts) + rows
-    run, check = our_attention(batch, rows, longest), check_of(batch, rows)
-    present = tile_of(batch.q, shapes.kv_heads, rows)
+    inputs = batch.q, batch.k_cache, batch.table
+    present = attention_launch(*inputs, max_query_len=rows).tile
     kind = TileKind(shapes.head_dim, present.block_m, batch.q.element_size())
-    tuned = attention_tile.tuned_tiles
-    times: dict[TileShape, float] = {}
-    try:
-        for tile in (present, *candidates(present, toy)):
-            attention_tile.tuned_tiles = lambda name, tile=tile: {kind: tile}
-            try:
-                check(run())
-                times[tile] = measure(run)
-            except Exception as reason:  # of a shape that does not fit, or is wrong
-                why = " ".join(f"{type(reason).__name__}: {reason}".split())
-                print(f"# {rows} rows\t{tuple(tile)}\t{why}", flush=True)
-                continue
-            print(f"{rows}\t{tuple(tile)}\t{times[tile] * 1e6:.1f}", flush=True)
-    finally:
-        attention_tile.tuned_tiles = tuned
+    check, times = check_of(batch, rows), dict[TileShape, float]()
+    memory = shared_memory(batch.q.device)
+    for tile in dict.fromkeys([present, *candidates(kind, toy, memory)]):
+        run = our_attention(batch, rows, longest, tile)
+        try:
+            check(run())
+            times[tile] = measure(run)
+        except Exception as reason:  # of a shape that does not fit, or is wrong
+            why = " ".join(f"{type(reason).__name__}: {reason}".split())
+            print(f"# {rows} rows\t{tuple(tile)}\t{why}", flush=True)
+            continue
+        print(f"{rows}\t{tuple(tile)}\t{times[tile] * 1e6:.1f}", flush=True)
+    if not times:
+        sys.exit(f"{rows} rows: no launch shape ran")
     best = min(times, key=lambda tile: times[tile])
     gains = best != present and times[best] <= (1 - GAIN) * times.get(present, float("inf"))
     return kind, best if gains else None

@@ -8,10 +8,8 @@ from collections.abc import Mapping
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .device import device_name, shared_memory
-from .tuned_tiles import NOT_TUNED, TileKind, TileShape, tuned_tiles
+from .tuned_tiles import NOT_TUNED, TileKind, TileShape
 
 SCRATCH = 2048  # bytes of shared memory for barriers and reductions, at most
 
@@ -42,36 +40,36 @@ def tile_shape(
     goes before.
     """
     wanted = triton.next_power_of_2(group * max_query_len)
-    smallest = max(16, triton.next_power_of_2(group))
-    if itemsize == 4:
-        return TileShape(max(smallest, min(32, wanted)), block_n=16, num_warps=8, num_stages=2)
-    block_m = max(smallest, min(128, wanted))
+    most = 32 if itemsize == 4 else 128
+    block_m = max(16, triton.next_power_of_2(group), min(most, wanted))
     if tile := tuned.get(TileKind(head_dim, block_m, itemsize)):
         return tile
+    if itemsize == 4:
+        return TileShape(block_m, block_n=16, num_warps=8, num_stages=2)
     block_n = 64 if head_dim <= 128 else 32
+    row = triton.next_power_of_2(head_dim) * itemsize
+    fits = _rows_held(block_m, block_n, 5) * row + SCRATCH <= shared_memory
+    num_warps, num_stages = 8 if block_m >= 128 else 4, 5 if fits else 3
+    held = resident(head_dim, itemsize, (block_m, block_n, num_warps, num_stages), shared_memory)
+    return TileShape(block_m, block_n, num_warps, num_stages, held)
+
+
+def _rows_held(block_m: int, block_n: int, num_stages: int) -> int:
+    """Of queries, keys and values, that a program has in shared memory, at most."""
     # Loads of page ids take half of the pipeline: 5 stages are three buffers of K and V for tensor
     # cores that read shared memory and two for others, 3 are one less (`compile_report.py` counts).
-    rows = block_m + 3 * 2 * block_n
-    fits = rows * triton.next_power_of_2(head_dim) * itemsize + SCRATCH <= shared_memory
-    num_stages = 5 if fits else 3
-    if block_m >= 128:
-        return TileShape(block_m, block_n, num_warps=8, num_stages=num_stages)
-    held = shared_memory // (rows * triton.next_power_of_2(head_dim) * itemsize)
-    return TileShape(block_m, block_n, 4, num_stages, resident=max(1, min(2, held)))
+    return block_m + (num_stages + 1) // 2 * 2 * block_n
 
 
-def tile_of(q: Tensor, num_kv_heads: int, max_query_len: int | None = None) -> TileShape:
-    """Tile of an attention launch for q [num_tokens, num_q_heads, head_dim], of whose rows a
-    segment has at most `max_query_len` (default num_tokens)."""
-    num_tokens, num_q_heads, head_dim = q.shape
-    return tile_shape(
-        head_dim,
-        num_q_heads // num_kv_heads,
-        max_query_len or num_tokens,
-        q.element_size(),
-        shared_memory(q.device),
-        tuned_tiles(device_name(q.device)),
-    )
+def resident(
+    head_dim: int, itemsize: int, shape: tuple[int, int, int, int], shared_memory: int
+) -> int:
+    """Programs of that shape, (block_m, block_n, num_warps, num_stages), that an SM holds at a
+    time, at least: its registers have room for 8 warps of the longest ones."""
+    block_m, block_n, num_warps, num_stages = shape
+    row = triton.next_power_of_2(head_dim) * itemsize
+    own = _rows_held(block_m, block_n, num_stages) * row + SCRATCH
+    return max(1, min(8 // num_warps, shared_memory // own))
 
 
 @triton.jit

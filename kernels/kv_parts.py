@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile import tile_of
-from .device import multiprocessor_count
 from .segment_table import SegmentTable
 from .tuned_tiles import TileShape
 
@@ -124,7 +122,8 @@ def _cut_keys_kernel(  # type: ignore[no-untyped-def]
     work = (total + results * part_cost) * num_kv_heads
     time = tl.minimum(waves, tl.cdiv(work, num_slots) + longest_program)
     best = tl.min(tl.where(results <= room, time, 2147483647), axis=0)
-    good = (results <= room) & (time <= best + best // slack)
+    # The more parts, the more results: fewer parts than the best number have room too.
+    good = time <= best + best // slack
     chosen = tl.cdiv(longest, tl.min(tl.where(good, number, MOST_PARTS), axis=0))
 
     program = 0
@@ -150,26 +149,6 @@ def _cut_keys_kernel(  # type: ignore[no-untyped-def]
     tl.store(last, program)
     tl.store(last + 1, result)
     tl.store(last + 2, cut_block)
-
-
-def parts_of(
-    q: Tensor,
-    k_cache: Tensor,
-    segments: SegmentTable,
-    *,
-    max_query_len: int | None = None,
-    max_kv_len: int | None = None,
-) -> KVParts | None:
-    """How the keys of `segment_attention` with these arguments are cut; None: so few are not."""
-    page_size, num_kv_heads = k_cache.shape[1:3]
-    tile, group = tile_of(q, num_kv_heads, max_query_len), q.shape[1] // num_kv_heads
-    processors, itemsize = multiprocessor_count(q.device), k_cache.element_size()
-    limits = limits_of(tile, group, num_kv_heads, processors, itemsize)
-    most = max_kv_len or segments.page_table.shape[1] * page_size
-    # Half of fewer tiles and what a part costs are no less than the whole.
-    if triton.cdiv(most, tile.block_n) <= 2 * limits.part_cost:
-        return None
-    return cut_keys(segments, limits)
 
 
 def cut_keys(segments: SegmentTable, limits: Limits) -> KVParts:
@@ -220,9 +199,8 @@ def cut_keys_reference(segments: SegmentTable, limits: Limits) -> KVParts:
     waves = -(-programs * heads // slots) * longest_program
     work = ((blocks * tiles).sum() + results * part_cost) * heads
     time = torch.minimum(waves, -(-work // slots) + longest_program)
-    fits = results <= room
-    best = time[fits].min()
-    chosen = number[fits & (time <= best + best // SLACK)][:1]
+    best = time[results <= room].min()
+    chosen = number[time <= best + best // SLACK][:1]
     ends = torch.cat(counts(chosen)).cumsum(1).T
     starts = torch.nn.functional.pad(ends, (0, 0, 1, 0))
     return KVParts(starts.int(), room)

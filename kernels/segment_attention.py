@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile import accumulate, dot_dtype, find_last, find_segment, tile_of
+from .attention_launch import AttentionLaunch, attention_launch
+from .attention_tile import accumulate, dot_dtype, find_last, find_segment
 from .combine_parts import combine_parts
-from .kv_parts import KVParts, parts_of
 from .kv_scales import KVScales, check_kv_scales
 from .segment_table import SegmentTable
 from .validation import (
@@ -203,18 +203,16 @@ def segment_attention(
     segments: SegmentTable,
     *,
     scale: float,
-    max_query_len: int | None = None,
-    max_kv_len: int | None = None,
-    parts: KVParts | None = None,
+    launch: AttentionLaunch | None = None,
     out: Tensor | None = None,
     kv_scales: KVScales | None = None,
     check_values: bool | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v of every segment's rows over its pages, in one launch (two if split,
-    and one for `parts`).
+    """softmax(scale q k^T) v of every segment's rows over its pages, in one kernel, or two where
+    keys are cut into parts.
 
-    Launch shapes follow from tensor shapes and the host numbers below alone, so a call can be
-    captured in a CUDA graph and replayed with other segments. Accumulates in fp32.
+    Launch shapes follow from tensor shapes and host numbers alone, so a call can be captured in a
+    CUDA graph and replayed with other segments. Accumulates in fp32.
 
     Args:
         q: [num_tokens, num_q_heads, head_dim] fp16, bf16 or fp32, last dimension contiguous.
@@ -223,9 +221,8 @@ def segment_attention(
             is already in place.
         segments: the segment table, int32 on q's device.
         scale: positive factor of the scores, usually head_dim ** -0.5.
-        max_query_len: upper bound of rows per segment (default num_tokens); picks the tile.
-        max_kv_len: upper bound of kv_len in tokens (default the page table's capacity).
-        parts: `parts_of` these arguments, which serve all layers of a forward (default: computed).
+        launch: `attention_launch` of these tensors, which serves all layers of a forward (default:
+            without knowing bounds).
         out: like q; allocated when None. Rows at and after `query_start[-1]` are not written.
         kv_scales: factors of an fp8 cache.
         check_values: read the table back and check it (a device synchronisation); None checks on
@@ -246,9 +243,7 @@ def segment_attention(
     if num_tokens == 0 or segments.num_segments == 0:
         return out
     group = num_q_heads // num_kv_heads
-    tile = tile_of(q, num_kv_heads, max_query_len)
-    if parts is None:
-        parts = parts_of(q, k_cache, segments, max_query_len=max_query_len, max_kv_len=max_kv_len)
+    tile, parts = launch or attention_launch(q, k_cache, segments)
     programs = num_tokens // (tile.block_m // group) + segments.num_segments
     partial = lse = starts = out
     if parts is not None:

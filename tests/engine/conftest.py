@@ -52,15 +52,17 @@ def plugins_attention() -> Iterator[None]:
     """The plugin's attention on CPU, whose platform asks for `CPU_ATTN` whatever is selected; keys
     are cut as on a GPU of 16 processors, those of short texts too."""
     interpret_kernels()
-    from vllm_nbdiff.kernels import kv_parts
+    from vllm_nbdiff.kernels import attention_launch
 
     # vLLM remembers which backend it gave to which configuration.
     register_backend(AttentionBackendEnum.CPU_ATTN, ATTENTION_BACKEND)
     _cached_get_attn_backend.cache_clear()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        limits_of = kv_parts.limits_of
-        monkeypatch.setattr(kv_parts, "multiprocessor_count", lambda device: 16)
-        monkeypatch.setattr(kv_parts, "limits_of", lambda *of: limits_of(*of)._replace(part_cost=0))
+        limits_of = attention_launch.limits_of
+        monkeypatch.setattr(attention_launch, "multiprocessor_count", lambda device: 16)
+        monkeypatch.setattr(
+            attention_launch, "limits_of", lambda *of: limits_of(*of)._replace(part_cost=0)
+        )
         yield
     AttentionBackendEnum.CPU_ATTN.clear_override()
     _cached_get_attn_backend.cache_clear()

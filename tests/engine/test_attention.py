@@ -95,7 +95,7 @@ def test_keys_are_cut_once_a_forward(own_attention: None) -> None:
     given: list[Any] = []
     impl = SegmentAttentionImpl.__new__(SegmentAttentionImpl)
     impl.head_size, impl.scale, impl.runs_kernels, impl._is_fp8 = 32, 1.0, True, False
-    impl._attend = lambda *inputs, parts, **launch: given.append(parts)
+    impl._attend = lambda *inputs, launch, **options: given.append(launch.parts)
     cache, query = torch.zeros(4, 2, 16, 64), torch.zeros(8, 4, 32)
     start, length = torch.tensor([0, 8], dtype=torch.int32), torch.tensor([60], dtype=torch.int32)
     table = SegmentTable(start, length, length * 0, torch.arange(4, dtype=torch.int32)[None])

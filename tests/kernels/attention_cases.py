@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vllm_nbdiff.kernels.attention_tile import tile_of
-from vllm_nbdiff.kernels.kv_parts import KVParts, cut_keys, limits_of
+from vllm_nbdiff.kernels.attention_launch import AttentionLaunch, attention_launch
+from vllm_nbdiff.kernels.kv_parts import cut_keys, limits_of
 from vllm_nbdiff.kernels.kv_scales import KVScales
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
@@ -65,12 +65,18 @@ def make_case(
     return Case(q.to(dtype), k_cache, v_cache, SegmentTable(start, kv_len, causal, page_table))
 
 
-def parts_for(case: Case, processors: int, max_query_len: int | None = None) -> KVParts:
-    """Keys cut for so many processors, as if parts cost nothing: short ones too."""
+def launch_for(
+    case: Case, processors: int | None = None, max_query_len: int | None = None
+) -> AttentionLaunch:
+    """Keys cut for so many processors, as if parts cost nothing: short ones too; None: not cut."""
     num_kv_heads, itemsize = case.k_cache.shape[2], case.k_cache.element_size()
-    tile, group = tile_of(case.q, num_kv_heads, max_query_len), case.q.shape[1] // num_kv_heads
-    limits = limits_of(tile, group, num_kv_heads, processors, itemsize)
-    return cut_keys(case.segments, limits._replace(part_cost=0))
+    inputs = case.q, case.k_cache, case.segments
+    launch = attention_launch(*inputs, max_query_len=max_query_len, max_kv_len=1)
+    if processors is None:
+        return launch
+    group = case.q.shape[1] // num_kv_heads
+    limits = limits_of(launch.tile, group, num_kv_heads, processors, itemsize)
+    return launch._replace(parts=cut_keys(case.segments, limits._replace(part_cost=0)))
 
 
 def assert_as_good_as_eager(
@@ -87,8 +93,8 @@ def assert_as_good_as_eager(
     exact = segment_attention_reference(*case, **options)[:used]
     eager = segment_attention_reference(*case, **options, compute_dtype=case.q.dtype)[:used]
     out = torch.full_like(case.q, UNTOUCHED)
-    parts = None if processors is None else parts_for(case, processors, max_query_len)
-    ours = segment_attention(*case, **options, out=out, max_query_len=max_query_len, parts=parts)
+    launch = launch_for(case, processors, max_query_len)
+    ours = segment_attention(*case, **options, out=out, launch=launch)
     assert (ours[used:] == UNTOUCHED).all()
     bound = 2 * (eager.double() - exact).abs().max()
     assert (ours[:used].double() - exact).abs().max() <= bound

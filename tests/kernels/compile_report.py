@@ -33,7 +33,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
-from vllm_nbdiff.kernels import attention_tile
+from vllm_nbdiff.kernels import attention_launch as launches
+from vllm_nbdiff.kernels.attention_launch import attention_launch
 from vllm_nbdiff.kernels.kv_scales import FP8, KVScales
 from vllm_nbdiff.kernels.row_sample import row_sample
 from vllm_nbdiff.kernels.row_statistics import row_statistics
@@ -151,7 +152,8 @@ def compile_attention(shape: Shape, target: int) -> None:
     q = torch.zeros(rows, 8 * group, head_dim, dtype=dtype)
     for keys, most in (("whole", 1), ("in parts", 1 << 20)):
         JITFunction.run = partialmethod(compile_launch, target, f"{shape}, keys {keys}")
-        segment_attention(q, k_cache, v_cache, table, scale=0.1, max_kv_len=most, kv_scales=scales)
+        launch = attention_launch(q, k_cache, table, max_kv_len=most)
+        segment_attention(q, k_cache, v_cache, table, scale=0.1, launch=launch, kv_scales=scales)
 
 
 def compile_rows(dtype: torch.dtype, target: int) -> None:
@@ -177,7 +179,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print("target\tcase\tkernel\tregisters\tspills\tsize\tshared\tbuffers\tresident")
     for target in given.targets:
-        attention_tile.shared_memory = lambda device, target=target: SHARED_KIB[target] * 1024
+        launches.shared_memory = lambda device, target=target: SHARED_KIB[target] * 1024
         for shape in attention_shapes(given.groups, given.heads, target):
             compile_attention(shape, target)
         for dtype in (torch.bfloat16, torch.float32):

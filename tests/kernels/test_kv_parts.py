@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm_nbdiff.kernels.attention_launch import attention_launch
 from vllm_nbdiff.kernels.attention_tile import tile_shape
 from vllm_nbdiff.kernels.kv_parts import (
     MOST_PARTS,
@@ -16,7 +17,6 @@ from vllm_nbdiff.kernels.kv_parts import (
     cut_keys,
     cut_keys_reference,
     limits_of,
-    parts_of,
 )
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 
@@ -139,8 +139,11 @@ def test_one_long_context_among_short_ones() -> None:
 
 def test_few_keys_are_not_cut() -> None:
     case = make_case([Segment(8, 60, 0)], torch.bfloat16, heads=(8, 2), head_dim=128)
-    query_blocks = {"max_query_len": 32}
+
+    def cuts(max_kv_len: int) -> bool:
+        inputs = case.q, case.k_cache, case.segments
+        launch = attention_launch(*inputs, max_query_len=32, max_kv_len=max_kv_len)
+        return launch.parts is not None
+
     # Of a tile of 64 keys and 128 rows a part costs as much as 4 tiles.
-    assert parts_of(*case[:2], case.segments, max_kv_len=512, **query_blocks) is None
-    found = parts_of(*case[:2], case.segments, max_kv_len=513, **query_blocks)
-    assert found is not None
+    assert [cuts(512), cuts(513)] == [False, True]

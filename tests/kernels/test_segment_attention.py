@@ -5,14 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 from vllm_nbdiff.kernels.attention_tile import tile_shape
+from vllm_nbdiff.kernels.kv_parts import cut_keys, limits_of
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 
 from tests.kernels.attention_cases import (
     Case,
     Segment,
     assert_as_good_as_eager,
+    launch_for,
     make_case,
-    parts_for,
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -136,10 +137,22 @@ def test_parts_that_rows_do_not_see() -> None:
     assert_as_good_as_eager(make_case([Segment(300, 300, 1)], heads=(2, 1)), processors=400)
 
 
+def test_partial_results_that_fill_their_room() -> None:
+    case = make_case([Segment(4, 200, 0)], heads=(2, 1))
+    launch = launch_for(case)
+    limits = limits_of(launch.tile, 2, 1, num_processors=16, itemsize=4)
+    parts = cut_keys(case.segments, limits._replace(part_cost=0, room=2))
+    assert parts.starts[-1].tolist() == [2, 2, 1]
+    ours = segment_attention(*case, scale=case.scale, launch=launch._replace(parts=parts))
+    whole = segment_attention(*case, scale=case.scale, launch=launch)
+    torch.testing.assert_close(ours, whole)
+
+
 def test_a_row_without_keys_is_zero() -> None:
     case = make_case([Segment(4, 2, 1)])
-    for parts in (None, parts_for(case, 4)):
-        ours = segment_attention(*case, scale=case.scale, parts=parts, check_values=False)
+    for processors in (None, 4):
+        launch = launch_for(case, processors)
+        ours = segment_attention(*case, scale=case.scale, launch=launch, check_values=False)
         assert (ours[:2] == 0).all()
         assert ours[2:].isfinite().all() and (ours[2:] != 0).any()
 

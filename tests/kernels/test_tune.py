@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from torch import Tensor
-from vllm_nbdiff.kernels import attention_tile
 from vllm_nbdiff.kernels.tuned_tiles import tuned_tiles
 
 from benchmarks import tune
+from tests.interpreter import recorded_launches
 
 
 @pytest.mark.parametrize(("seconds", "block_n"), [(0.97, 32), (0.99, None)])
@@ -34,13 +34,14 @@ def test_the_command_writes_what_is_faster(
         return outcome
 
     monkeypatch.setattr(tune, "measure_of", lambda device: measure)
-    tune.main()
+    with recorded_launches() as launches:
+        tune.main()
+    assert len([name for name, *_ in launches if name == "_segment_attention_kernel"]) == 3
     out = capsys.readouterr().out
     assert "RuntimeError: out of resource" in out
     assert f"{int(block_n is not None)} of 1 written" in out
     tiles = tuned_tiles("cpu", table) if table.exists() else {}
     assert [tile.block_n for tile in tiles.values()] == ([] if block_n is None else [block_n])
-    assert attention_tile.tuned_tiles is tuned_tiles
 
 
 def test_toy_times_are_not_shipped(monkeypatch: pytest.MonkeyPatch) -> None:

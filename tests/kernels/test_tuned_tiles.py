@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch shapes that were measured: kept in a table, taken by the launcher."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from vllm_nbdiff.kernels import attention_tile
-from vllm_nbdiff.kernels.attention_tile import tile_of, tile_shape
-from vllm_nbdiff.kernels.tuned_tiles import (
-    TABLE,
-    TileKind,
-    TileShape,
-    tuned_tiles,
-    write_tuned_tiles,
-)
+from vllm_nbdiff.kernels import attention_launch
+from vllm_nbdiff.kernels.attention_tile import tile_shape
+from vllm_nbdiff.kernels.tuned_tiles import TileKind, TileShape, tuned_tiles, write_tuned_tiles
 
-from tests.kernels.attention_cases import Segment, assert_as_good_as_eager, make_case
+from tests.kernels.attention_cases import (
+    Segment,
+    assert_as_good_as_eager,
+    launch_for,
+    make_case,
+)
 
 CANVAS, ROW = TileKind(128, 128, 2), TileKind(128, 16, 2)
 
@@ -46,19 +44,15 @@ def test_the_table_goes_before_the_rule() -> None:
     assert tile(32, head_dim=64) == tile_shape(64, 4, 32, 2, 227 * 1024)
 
 
-def test_the_shipped_table_is_of_devices() -> None:
-    """Nothing else reads it: what it says of a kind must be of that kind."""
-    for name in json.loads(TABLE.read_text()):
-        for kind, tile in tuned_tiles(name).items():
-            assert kind.block_m == tile.block_m and tile.num_warps in (4, 8) and tile.resident > 0
-
-
 @pytest.mark.parametrize("processors", [None, 12])
-def test_attention_in_tuned_tiles(monkeypatch: pytest.MonkeyPatch, processors: int | None) -> None:
-    case = make_case([Segment(9, 75, 1), Segment(5, 133, 0)], torch.float16)
-    present = tile_of(case.q, 2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_attention_in_tuned_tiles(
+    monkeypatch: pytest.MonkeyPatch, processors: int | None, dtype: torch.dtype
+) -> None:
+    case = make_case([Segment(9, 75, 1), Segment(5, 133, 0)], dtype)
+    present = launch_for(case).tile
     own = present._replace(block_n=2 * present.block_n)
-    kind = TileKind(32, present.block_m, 2)
-    monkeypatch.setattr(attention_tile, "tuned_tiles", lambda name: {kind: own})
-    assert tile_of(case.q, 2) == own
+    kind = TileKind(32, present.block_m, dtype.itemsize)
+    monkeypatch.setattr(attention_launch, "tuned_tiles", lambda name: {kind: own})
+    assert launch_for(case).tile == own
     assert_as_good_as_eager(case, processors=processors)

@@ -30,7 +30,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.engine.kv_copies import KVCopies
-from vllm_nbdiff.kernels.kv_parts import KVParts, parts_of
+from vllm_nbdiff.kernels.attention_launch import AttentionLaunch, attention_launch
 from vllm_nbdiff.kernels.kv_scales import FP8, KVScales
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_attention_reference import segment_attention_reference
@@ -46,9 +46,9 @@ class SegmentMetadata:
     num_tokens: int
     max_query_len: int
     max_kv_len: int
-    parts: KVParts | None = None
-    """Into which the first layer cut the keys, for all of them. What a graph is captured with is
-    made for that alone, so it holds that launch too. Upstream: `CudaGraphManager.capture`
+    launch: AttentionLaunch | None = None
+    """As the first layer found it, for all of them. What a graph is captured with is made for that
+    alone, so one that cuts keys holds the kernel that does. Upstream: `CudaGraphManager.capture`
     (vllm/v1/worker/gpu/cudagraph_utils.py)"""
 
 
@@ -193,21 +193,21 @@ class SegmentAttentionImpl(AttentionImpl[SegmentMetadata]):
             return output.fill_(0)
         count = attn_metadata.num_tokens
         keys, values = self.split(kv_cache)
-        bounds = {
-            "max_query_len": attn_metadata.max_query_len,
-            "max_kv_len": attn_metadata.max_kv_len,
-        }
-        if self.runs_kernels and attn_metadata.parts is None:
-            found = parts_of(query[:count], keys, attn_metadata.segments, **bounds)
-            attn_metadata.parts = found
+        if self.runs_kernels and attn_metadata.launch is None:
+            attn_metadata.launch = attention_launch(
+                query[:count],
+                keys,
+                attn_metadata.segments,
+                max_query_len=attn_metadata.max_query_len,
+                max_kv_len=attn_metadata.max_kv_len,
+            )
         self._attend(
             query[:count],
             keys,
             values,
             attn_metadata.segments,
             scale=self.scale,
-            **bounds,
-            parts=attn_metadata.parts,
+            launch=attn_metadata.launch,
             out=output[:count],
             kv_scales=self.scales(layer),
         )
@@ -256,7 +256,7 @@ def _torch_attend(
     scale: float,
     out: torch.Tensor,
     kv_scales: KVScales | None,
-    **launch: object,
+    launch: None,
 ) -> None:
     found = segment_attention_reference(
         q,

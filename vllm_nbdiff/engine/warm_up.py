@@ -19,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
 
 from vllm_nbdiff.decoding.draws import compile_kernels, has_kernels
 from vllm_nbdiff.engine.attention import SegmentAttentionImpl
-from vllm_nbdiff.kernels.attention_tile import tile_of
+from vllm_nbdiff.kernels.attention_launch import attention_launch
 from vllm_nbdiff.kernels.segment_attention import segment_attention
 from vllm_nbdiff.kernels.segment_table import SegmentTable
 from vllm_nbdiff.kernels.write_kv import write_kv
@@ -68,11 +68,15 @@ def _compile_attention(layer: Any, dtype: torch.dtype) -> None:
     write_kv(new, new, keys, values, nowhere, **options)
     none = torch.zeros(2, dtype=torch.int32, device=cache.device)
     table = SegmentTable(none, none[:1], none[:1], none[None, :1])
-    tiles = {tile_of(query, impl.num_kv_heads, rows): rows for rows in range(1, _MOST_ROWS + 1)}
-    for rows in tiles.values():
+    inputs = query, keys, table
+    tiles = {
+        attention_launch(*inputs, max_query_len=rows, max_kv_len=1).tile
+        for rows in range(1, _MOST_ROWS + 1)
+    }
+    for tile in tiles:
         # Where keys may be cut they are computed otherwise, and parts joined.
         for most in 1, _MANY_KEYS:
+            launch = attention_launch(*inputs, max_kv_len=most, tile=tile)
             segment_attention(
-                query, keys, values, table, scale=impl.scale, max_query_len=rows, max_kv_len=most,
-                **options,
-            )  # fmt: skip
+                query, keys, values, table, scale=impl.scale, launch=launch, **options
+            )
