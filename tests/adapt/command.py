@@ -87,10 +87,15 @@ def decode(
     )
 
 
+def text(folder: Path, token_ids: list[int]) -> str:
+    """As vLLM gives it, without a character whose last bytes are missing, and stripped."""
+    said = AutoTokenizer.from_pretrained(folder).decode(token_ids, skip_special_tokens=True)
+    return said.rstrip("\N{REPLACEMENT CHARACTER}").strip()
+
+
 def half_right(folder: Path, answers: list[Generation]) -> list[evaluate.Question]:
     """Questions, of which the first half has these answers."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    said = [tokenizer.decode(a.token_ids, skip_special_tokens=True).strip() for a in answers]
+    said = [text(folder, answer.token_ids) for answer in answers]
     half = len(said) // 2
     kept = said[:half] + ["never said"] * (len(said) - half)
     return [

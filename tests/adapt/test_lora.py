@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tests.adapt.command import MAX_TOKENS, NANO, prompts, questions
+from tests.adapt.command import MAX_TOKENS, NANO, prompts, questions, text
 from tests.conftest import in_process
 from tests.serving.server import NAME, serve
 from vllm_nbdiff.adapt import evaluate, problems
@@ -77,12 +77,11 @@ def load() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(NANO, attn_implementation="sdpa").float().eval()
 
 
-def texts(model: PreTrainedModel) -> list[str]:
-    """Greedy answers of the plain-transformers decoder at the checkpoint's defaults."""
+def greedy(model: PreTrainedModel) -> list[list[int]]:
+    """Answers of the plain-transformers decoder at the checkpoint's defaults."""
     config = json.loads((NANO / "config.json").read_text())
     defaults = json.loads((NANO / "generation_config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(NANO)
-    answers = [
+    return [
         generate(
             model,
             prompt,
@@ -92,10 +91,9 @@ def texts(model: PreTrainedModel) -> list[str]:
             block_length=config["block_length"],
             num_small_blocks=defaults["nbdiff_small_blocks"],
             threshold=defaults["nbdiff_threshold"],
-        )
+        ).token_ids
         for prompt in prompts(NANO, COUNT)
     ]
-    return [tokenizer.decode(a.token_ids, skip_special_tokens=True) for a in answers]
 
 
 @pytest.fixture(scope="module")
@@ -169,16 +167,21 @@ def test_interrupted_and_resumed_is_uninterrupted(adapter: Path, tmp_path: Path)
 
 def test_served_by_name(adapter: Path, merged: PreTrainedModel, tmp_path: Path) -> None:
     """Beside the checkpoint itself; a name that nothing has is HTTP 404."""
-    expected = {NAME: texts(load()), "brief": texts(merged)}
+    expected = {NAME: greedy(load()), "brief": greedy(merged)}
     assert all(a != b for a, b in zip(*expected.values(), strict=True))
     with serve(tmp_path / "log", *FLAGS, f"--lora-modules=brief={adapter}") as server:
         client = server.client()
 
-        def ask(name: str, messages: Any) -> str | None:
+        def ask(name: str, messages: Any) -> list[int]:
             answer = client.chat.completions.create(
-                model=name, messages=messages, temperature=0, max_tokens=MAX_TOKENS
+                model=name,
+                messages=messages,
+                temperature=0,
+                max_tokens=MAX_TOKENS,
+                extra_body={"return_token_ids": True},
             )
-            return answer.choices[0].message.content
+            choice: Any = answer.choices[0]
+            return choice.token_ids
 
         for name, answers in expected.items():
             assert [ask(name, messages) for messages in questions(COUNT)] == answers
@@ -187,7 +190,7 @@ def test_served_by_name(adapter: Path, merged: PreTrainedModel, tmp_path: Path) 
 
 
 def test_evaluation_asks_the_adapter(adapter: Path, merged: PreTrainedModel) -> None:
-    said = [text.strip() for text in texts(merged)]
+    said = [text(NANO, answer) for answer in greedy(merged)]
     asked = [evaluate.Question(m, a) for m, a in zip(questions(COUNT), said, strict=True)]
     with in_process():
         llm = evaluate.engine(NANO, "NBDiffForCausalLM", adapter)
