@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_nbdiff.decoding.canvas import CanvasTable, Options, width_at
+from vllm_nbdiff.decoding.plan import Facts
 
 VOCAB = 153_376
 
@@ -60,7 +61,7 @@ def test_what_one_request_lists_costs_no_other_anything() -> None:
 def test_width(start: int, length: int, last: int, verifies: bool) -> None:
     given_ = options(block_length=[length], last_position=[last], verifies=[verifies])
     expected = min(length, 100 - start, last - start + 1 if verifies else length)
-    assert int(width_at(given_, torch.tensor([start]), 100)[0]) == expected
+    assert int(width_at(given_, torch.tensor([start]), Facts(0, 100, 16, ()))[0]) == expected
 
 
 def test_a_stop_token_counts_from_min_tokens_on() -> None:

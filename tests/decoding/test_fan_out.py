@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.decoding.plans import MASK, plan_of, plan_of_batch, seen_by_segments
 from vllm_nbdiff.decoding.canvas import NO_TOKEN, CanvasTable
 from vllm_nbdiff.decoding.decide import Text
-from vllm_nbdiff.decoding.fan_out import drafts, likeliest, made, survival, width_of
+from vllm_nbdiff.decoding.fan_out import VerifiedTexts, drafts, likeliest, made, survival
 from vllm_nbdiff.engine.lookahead import break_point_room
 from vllm_nbdiff.families.family import NBDIFF, NEMOTRON, Family
 
@@ -139,7 +139,7 @@ def test_a_token_that_is_read_alone_has_a_canvas_behind_it(family: Family, width
     assert plan.canvases.start[:2, 0].tolist() == [11, 11]
     assert plan.canvases.width[:2, 0].tolist() == [width, 4]
     # What it costs is the draft's, whose width may have been chosen since.
-    assert width_of(plan)[:4].tolist() == [width, 4, 8, 8]
+    assert VerifiedTexts(plan, plan.text, None).numbers()[0][:4].tolist() == [width, 4, 8, 8]
     high = plan.canvases.high[:, 0] - 1 + int(family.shifts)
     assert high[:2].tolist() == [width - 1, 3]
     # The first column stands for the token that the text's row gives.

@@ -81,11 +81,13 @@ def test_counts_reach_the_scheduler(copied: Callable[..., Any]) -> None:
 
 def test_tally() -> None:
     """Requests: one decodes alone, one with a second segment, one computes a prompt."""
-    tally, decodes = Tally(), torch.tensor([True, True, False])
+    decodes = torch.tensor([True, True, False])
+    tally = Tally(verifies=torch.tensor([True, False, True]))
     tally.add_forward(torch.tensor([[1, 0], [8, 8], [20, 0]]))
     tally.add_forward(torch.tensor([[8, 0], [8, 0], [0, 0]]))
     tally.add_guesses(decodes, torch.tensor([False, True, False]))
-    tally.add_drafts(torch.tensor([7, 0, 0]), torch.tensor([5, 0, 0]))
+    tally.add_texts(torch.tensor([5, 8, 0]), torch.tensor([5, 8, 0]))
+    tally.add_texts(torch.tensor([4, 0, 0]), torch.tensor([2, 0, 0]))
     tally.add_fan_outs(torch.tensor([3, 0, 0]), torch.tensor([True, False, False]))
     assert tally.columns(decodes)[:, -2:].tolist() == [[0, 0]] * 3
     tally.add_broken(torch.tensor([0, 2, 0]))

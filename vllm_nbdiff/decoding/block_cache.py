@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding.canvas import Canvas, Options
+from vllm_nbdiff.decoding.indices import indices
 from vllm_nbdiff.families.family import Family
 
 
@@ -22,7 +23,7 @@ def looked_columns(
     size = options.sub_block_length
     begin = sub_block_begin(active, size)
     end = begin + size
-    columns = torch.arange(active.shape[1], device=active.device)
+    columns = indices(active.shape[1], active.device)
     beyond = (active & (columns >= end[:, None])).any(1)
     reuse = current & options.caches & ~beyond & (state.cached == begin)
     if family.cached_row_before:

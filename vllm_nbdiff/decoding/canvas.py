@@ -11,10 +11,13 @@ B requests, canvases of L columns; every column of options or state is a tensor 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm_nbdiff.decoding.plan import Facts
 
 NO_TOKEN = -1
 NO_LIMIT = 1 << 30
@@ -112,12 +115,14 @@ class CanvasTable:
         return stops | (positions == options.last_position[:, None])
 
 
-def width_at(options: Options, start: Tensor, max_model_len: int) -> Tensor:
+def width_at(options: Options, start: Tensor, facts: Facts) -> Tensor:
     """Columns of canvases at positions `start` [B, ...]; less than 1 where there is no room.
 
-    Diffusion decides a block as a whole, so it is cut only by `max_model_len`.
+    Diffusion decides a block as a whole, so it is cut only by the model's length.
     """
-    own = (options.block_length, options.last_position, options.verifies)
-    length, last, verifies = (field.view(-1, *[1] * (start.dim() - 1)) for field in own)
-    width = torch.minimum(length, max_model_len - start)
-    return torch.where(verifies, torch.minimum(width, last - start + 1), width)
+    each = (-1, *[1] * (start.dim() - 1))
+    width = torch.minimum(options.block_length.view(each), facts.max_model_len - start)
+    if not facts.verifies:
+        return width
+    wanted = options.last_position.view(each) - start + 1
+    return torch.where(options.verifies.view(each), torch.minimum(width, wanted), width)

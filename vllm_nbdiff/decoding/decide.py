@@ -65,7 +65,9 @@ def read_text(
     if facts.family.block_causal:
         inside = begin % len(table.columns) > 0
         seed = torch.where(inside, facts.mask_token_id, seed)
-    kept = plan.ahead & (length == text) & (seed == state.guess)
+    kept = plan.ahead
+    if facts.fuses:
+        kept = kept & (length == text) & (seed == state.guess)
     return Text(length, seed, begin, kept)
 
 
@@ -85,14 +87,18 @@ def begin_canvases(
         start = start - tail
         if batch.tail is not None:
             fresh = torch.where(table.columns < tail[:, None], batch.tail, fresh)
-    width = width_at(plan.options, start, facts.max_model_len)
+    width = width_at(plan.options, start, facts)
     edits_left = state.edits_left
     if facts.edits:
         edits_left = torch.where(begun, plan.options.max_post_steps, edits_left)
+    if facts.static or not begun.all():
+        fresh = torch.where(begun[:, None], fresh, state.tokens)
+        start = torch.where(begun, start, state.start)
+        width = torch.where(begun, width, state.width)
     return Canvas(
-        tokens=torch.where(begun[:, None], fresh, state.tokens),
-        start=torch.where(begun, start, state.start),
-        width=torch.where(begun, width, state.width),
+        tokens=fresh,
+        start=start,
+        width=width,
         step=torch.where(begun, 0, state.step),
         guess=torch.where(begun, NO_TOKEN, state.guess) if facts.guesses else state.guess,
         cached=torch.where(begun, -1, state.cached) if facts.caches else state.cached,
@@ -232,7 +238,8 @@ def early_ends(
         state: after filling.
         looked: [B] bool, requests that were filled.
     """
-    looked = looked & ~plan.options.verifies
+    if facts.verifies:
+        looked = looked & ~plan.options.verifies
     if not (facts.static or looked.any()):
         return torch.zeros_like(plan.canvases.active[:, 0])
     positions = state.start[:, None] + table.columns

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vllm_nbdiff.decoding.indices import indices
+
 
 class Emitted:
     """Tokens of B requests so far, at most E each."""
@@ -29,7 +31,7 @@ class Emitted:
 
     def append(self, tokens: Tensor, count: Tensor) -> None:
         """Emit the first `count` [B] of `tokens` [B, n] int64."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
+        places = indices(tokens.shape[1], tokens.device)
         # The last column takes what is not emitted.
         target = torch.where(
             places < count[:, None], self.count[:, None] + places, self._tokens.shape[1] - 1

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding.canvas import Canvas, CanvasTable, Options, width_at
+from vllm_nbdiff.decoding.indices import indices
 from vllm_nbdiff.decoding.segments import Canvases
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def text_of(
     Args:
         count: [B, L] int64, masked columns of each canvas up to each.
     """
-    worth = (count == 0) & (table.columns < state.width[:, None])
+    worth = count == 0
     if facts.fan_out:
         # How sure drafts are is kept for those who may draft for break points.
         likely = survival(table.rank[batch.slot]) >= options.least_survival[:, None]
@@ -80,13 +81,13 @@ def canvases(
     unused = int(facts.family.shifts)
     if facts.fan_out:
         points, chance = likeliest(table.rank[batch.slot], text, breaks, facts.fan_out)
-        order = torch.arange(points.shape[1], device=text.device)
+        order = indices(points.shape[1], text.device)
         exists = drafting[:, None] & (chance > 0) & (order < options.fan_out[:, None])
         exists = (exists & (chance >= options.least_chance[:, None])) | (alone & (order == 0))
         start = state.start[:, None] + points + 1
     else:
         exists, start = alone, state.start[:, None] + 1
-    width = width_at(options, start, facts.max_model_len)
+    width = width_at(options, start, facts)
     # Behind a single token even a short draft is better than none.
     room = torch.minimum(batch.max_rows - 1, batch.room - state.start - 1)[:, None] + unused
     width = torch.where(alone, torch.minimum(width, room), width)
@@ -150,7 +151,7 @@ def likeliest(
     Returns:
         [B, count] int64 columns, [B, count] float; 0 where there is none.
     """
-    columns = torch.arange(confidence.shape[1], device=text.device)
+    columns = indices(confidence.shape[1], text.device)
     reached = torch.where(columns < text[:, None], survival(confidence), 0)
     # Behind the last column nothing can be wrong.
     chance = reached - torch.nn.functional.pad(reached[:, 1:], (0, 1))
@@ -205,7 +206,7 @@ def drafts(plan: Plan, text: Text, token: Tensor, probability: Tensor, mask: int
     canvases = plan.canvases
     drafting = plan.options.drafts & (plan.text > 0)
     begins = canvases.exists & (canvases.start == text.begin[:, None]) & drafting[:, None]
-    requests = torch.arange(len(begins), device=begins.device)
+    requests = indices(len(begins), begins.device)
     found, hit = begins.int().argmax(1), begins.any(1)
     drafted = canvases.active[requests, found] & hit[:, None]
     return Drafts(
@@ -213,11 +214,21 @@ def drafts(plan: Plan, text: Text, token: Tensor, probability: Tensor, mask: int
     )
 
 
-def width_of(plan: Plan) -> Tensor:
-    """[B] int64: columns of the canvas that a forward verifies or, behind a token that is read
-    alone, drafts."""
-    alone = plan.canvases.exists[:, 0] & (plan.text == 1)
-    return torch.where(alone, plan.canvases.width[:, 0], plan.state.width)
+class VerifiedTexts(NamedTuple):
+    """What a forward verified."""
+
+    plan: Plan
+    length: Tensor  # [B] int64, columns that held
+    hit: Tensor | None  # [B] bool, whose next draft is there already; None: nobody's
+
+    def numbers(self) -> tuple[Tensor, ...]:
+        """[B] int64 each: columns of the canvas that is verified or, behind a token that is read
+        alone, drafted; those that are verified; that held; 1 of hits; rows in the forward."""
+        plan, hit = self.plan, self.hit
+        alone = plan.canvases.exists[:, 0] & (plan.text == 1)
+        width = torch.where(alone, plan.canvases.width[:, 0], plan.state.width)
+        hit = torch.zeros_like(width) if hit is None else hit.long()
+        return width, plan.text, self.length, hit, plan.segments.length.sum(1)
 
 
 def made(plan: Plan, hit: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding.canvas import Options
+from vllm_nbdiff.decoding.indices import indices
 from vllm_nbdiff.decoding.segments import Canvases, Segments
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _next_rows(
 ) -> tuple[Tensor, Tensor]:
     """Which rows that predict what follows a text are needed, and where they are, [B, N] each."""
     # Verification asks what follows each column, a commit and the end of a prompt the last one.
-    columns = torch.arange(length, device=text.device)
+    columns = indices(length, text.device)
     if facts.verifies:
         column = columns.expand(len(text), length)
         asked = options.verifies[:, None] | (column == text[:, None] - 1)
@@ -79,7 +80,7 @@ def _canvas_rows(
     """The same of rows that predict the columns of canvases, and the next canvas's seed."""
     num_canvases, length = canvases.tokens.shape[1:]
     active = canvases.active
-    columns = torch.arange(length, device=active.device)
+    columns = indices(length, active.device)
     if segments.length.shape[1] == 1:
         begins = -canvases.low
     else:

@@ -105,7 +105,7 @@ class Plan(NamedTuple):
     num_next: int  # of the K rows; the rest is C * L of FILL, then those of GUESS
     canvases: Canvases  # that are looked at
     text: Tensor  # [B] int64, canvas columns that are committed or verified; 0: none
-    ends: Tensor  # [B] bool, the request ends with them
+    ends: Tensor | None  # [B] bool, the request ends with them; None: nobody's does
     reads: Tensor  # [B] bool, there are some, or the last token of a prompt: a canvas begins
     look: Tensor  # [B] bool, a canvas is denoised
     ahead: Tensor  # [B] bool, it is the next one, behind `text`
@@ -148,7 +148,7 @@ def make_plan(
     facts = facts.of_forward(text)
     breaks = text
     if facts.texts:
-        text, breaks = _until_end(table, state, options, batch, text)
+        text, breaks = _until_end(table, state, options, batch, facts, text)
     if not facts.looks:
         return _plan_of(state, options, batch, facts, text, breaks, no_canvas(state), None)
 
@@ -157,7 +157,7 @@ def make_plan(
     if facts.fuses and facts.texts:
         ahead = _runs_ahead(state, options, batch, text, facts) & (breaks == text)
         start = torch.where(ahead, start + text, start)
-        width = torch.where(ahead, width_at(options, start, facts.max_model_len), width)
+        width = torch.where(ahead, width_at(options, start, facts), width)
         step = torch.where(ahead, 0, step)
         canvas = torch.where(ahead[:, None], mask, canvas)
         if facts.guesses:
@@ -206,7 +206,8 @@ def _plan_of(
     if denoised is None:
         nobody = torch.zeros_like(reads)
         denoised = Denoised(nobody, nobody, state.step, None)
-    own = (state, options, segments, rows, num_next, canvases, text, breaks < text, reads)
+    ends = None if breaks is text else breaks < text
+    own = (state, options, segments, rows, num_next, canvases, text, ends, reads)
     return Plan(*own, **denoised._asdict())
 
 
@@ -222,28 +223,34 @@ def _plan_verified(
     """The plan of a batch whose requests all draft while text is read, those that `decodes` [B]
     bool says now, with so many masked columns up to each one, `count` [B, L] int64."""
     text = fan_out.text_of(table, state, options, batch, facts, count)
-    text, breaks = _until_end(table, state, options, batch, torch.where(decodes, text, 0))
-    if facts.static or facts.fan_out or bool((text == 1).any()):
+    text, breaks = _until_end(table, state, options, batch, facts, torch.where(decodes, text, 0))
+    if facts.static:
         canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text, breaks)
-    else:
+        return _plan_of(state, options, batch, facts, text, breaks, canvases, None)
+    looks, lengths = False, text.tolist()
+    if facts.fan_out or 1 in lengths:
+        canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text, breaks)
+        looks = bool(canvases.exists.any())
+    if not looks:
         canvases = no_canvas(state)
-    if not facts.static:
-        # Behind a draft there may be no canvas; a token that is read alone is not verified.
-        looks, verifies = bool(canvases.exists.any()), bool((text > 1).any())
-        facts = facts._replace(looks=looks, verifies=verifies)
-        canvases = canvases if looks else no_canvas(state)
+    # Behind a draft there may be no canvas; a token that is read alone is not verified.
+    facts = facts._replace(looks=looks, verifies=max(lengths) > 1)
     return _plan_of(state, options, batch, facts, text, breaks, canvases, None)
 
 
 def _until_end(
-    table: CanvasTable, state: Canvas, options: Options, batch: Batch, text: Tensor
+    table: CanvasTable, state: Canvas, options: Options, batch: Batch, facts: Facts, text: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Of `text` [B] columns those that are read, and behind how many of them the text may go on,
     [B] int64 each: where text is verified, none behind the first token that ends its request."""
     positions = state.start[:, None] + table.columns
     last = table.is_last(batch.slot, options, state.tokens, positions)
+    if not (facts.static or last.any()):
+        return text, text
     before = torch.minimum((last.cumsum(1) == 0).sum(1), text)
-    return torch.where(options.verifies, torch.minimum(before + 1, text), text), before
+    if facts.verifies:
+        text = torch.where(options.verifies, torch.minimum(before + 1, text), text)
+    return text, before
 
 
 def fixed_columns(options: Options, start: Tensor) -> Tensor:
@@ -267,7 +274,7 @@ def _runs_ahead(
 ) -> Tensor:
     """[B] bool, requests whose next canvas is denoised in the forward that commits this one."""
     start = state.start + text
-    width = width_at(options, start, facts.max_model_len)
+    width = width_at(options, start, facts)
     ahead = (
         (text > 0)
         & (width > 1)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_nbdiff.decoding.indices import indices
 from vllm_nbdiff.decoding.needed import Rows
 from vllm_nbdiff.decoding.plan import Facts
 from vllm_nbdiff.decoding.segments import Segments
@@ -47,9 +48,9 @@ def pack(rows: Rows, facts: Facts) -> Packed:
     # The last column takes what is not needed.
     target = torch.where(rows.needed, rows.needed.cumsum(1) - 1, facts.rows).clamp(max=facts.rows)
     place = torch.full((num_reqs, facts.rows + 1), count, device=device)
-    place.scatter_(1, target, torch.arange(count, device=device).expand(num_reqs, count))
+    place.scatter_(1, target, indices(count, device).expand(num_reqs, count))
     place = place[:, :-1].flatten()
-    owner = torch.arange(num_reqs, device=device)
+    owner = indices(num_reqs, device)
     owner = owner[:, None].expand(num_reqs, facts.rows).flatten()
     return Packed(owner, place, place < count)
 
@@ -63,6 +64,7 @@ class TokenRows(NamedTuple):
     position: Tensor  # [T] int64, absolute
     canvas: Tensor  # [T] int64, place in the flattened [B, S, L] canvases; not of prompts
     valid: Tensor | None  # [T] bool, not padding; None: all
+    begin: Tensor  # [B] int, first row of each request
 
     def tokens(self, segments: Segments, prompt: Tensor | None, decodes: Tensor) -> Tensor:
         """[T] int64 token ids; `prompt` [T] holds those of prompts, None without any."""
@@ -83,13 +85,13 @@ def token_rows(segments: Segments, given: tuple[Tensor, int] | None) -> TokenRow
     ends = segments.length.cumsum(1)
     if given is None:
         count = ends[:, -1]
-        requests = torch.arange(num_reqs, device=device)
-        owner = requests.repeat_interleave(count)
-        offset = torch.arange(len(owner), device=device) - (count.cumsum(0) - count)[owner]
+        row_begin = count.cumsum(0) - count
+        owner = indices(num_reqs, device).repeat_interleave(count)
+        offset = indices(len(owner), device) - row_begin[owner]
         valid = None
     else:
         start, total = given
-        row = torch.arange(total, device=device)
+        row, row_begin = indices(total, device), start[:num_reqs]
         bounds = start[1 : num_reqs + 1].contiguous()
         owner = torch.searchsorted(bounds, row, right=True).clamp(max=num_reqs - 1)
         offset = row - start[owner]
@@ -101,4 +103,5 @@ def token_rows(segments: Segments, given: tuple[Tensor, int] | None) -> TokenRow
     position = (segments.first - begin).flatten()[segment] + offset
     length = segments.tokens.shape[2]
     column = (position - segments.base.flatten()[segment]).clamp(0, length - 1)
-    return TokenRows(owner, offset, segment, position, segment * length + column, valid)
+    canvas = segment * length + column
+    return TokenRows(owner, offset, segment, position, canvas, valid, row_begin)

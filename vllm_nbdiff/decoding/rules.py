@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_nbdiff.decoding.indices import indices
+
 CONFIDENCE, ENTROPY, MARGIN = 0, 1, 2
 """Scores: probability of the token, negative entropy, difference of the two best probabilities."""
 
@@ -68,7 +70,7 @@ def active_positions(masked: Tensor, sub_block_length: Tensor, quota: Tensor | N
     else:
         last = (count < torch.minimum(quota, count[..., -1])[..., None]).sum(-1)
     end = (last // sub_block_length + 1) * sub_block_length
-    return masked & (torch.arange(masked.shape[-1], device=masked.device) < end[..., None])
+    return masked & (indices(masked.shape[-1], masked.device) < end[..., None])
 
 
 def select(
@@ -99,7 +101,7 @@ def select(
     known = [list(RULES.values())[place] for place in rules]
     for place, one in zip(rules, known, strict=True):
         if one.leftmost:
-            columns = torch.arange(active.shape[1], device=active.device)
+            columns = indices(active.shape[1], active.device)
             confidence = torch.where((rule == place)[:, None], -columns.float(), confidence)
     candidates = Ranked(active, confidence, probability, threshold[:, None])
     ranked = confidence.masked_fill(~active, -torch.inf)
@@ -111,7 +113,7 @@ def select(
     order = ranked.argsort(dim=1, descending=True, stable=True)
     taken = _takes(known, rules, rule, candidates.in_order(order))
     least = 1 if quota is None else quota[:, None]
-    taken |= torch.arange(active.shape[1], device=active.device) < least
+    taken |= indices(active.shape[1], active.device) < least
     return active & torch.zeros_like(active).scatter(1, order, taken)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding.canvas import Canvas
+from vllm_nbdiff.decoding.indices import indices
 
 if TYPE_CHECKING:
     from vllm_nbdiff.decoding.plan import Batch, Facts
@@ -116,19 +117,21 @@ def lay_out(
         )
     first, length = text_start[:, None], text_rows[:, None]
     if facts.blocks > 1:
-        begin = torch.arange(facts.blocks, device=text.device) * block
+        begin = indices(facts.blocks, text.device) * block
         length = (length - begin).clamp(0, block)
         first = first + torch.minimum(begin, text_rows[:, None])
 
-    def joined(texts: Tensor, others: Tensor) -> Tensor:
-        return torch.cat([texts, others], dim=1)
-
+    base = state.start[:, None].expand_as(first)
+    texts = torch.stack([first, length, first + length, base])
+    others = torch.stack([start + low, looked, seen, start])
+    first, length, kv_length, base = torch.cat([texts, others], dim=2).unbind()
+    is_text = indices(first.shape[1], first.device) < (0 if block_causal else facts.blocks)
     return Segments(
-        first=joined(first, start + low),
-        length=joined(length, looked),
-        kv_length=joined(first + length, seen),
-        causal=joined(torch.full_like(length, not block_causal).bool(), torch.zeros_like(exists)),
-        moved=joined(torch.zeros_like(length), moved),
-        tokens=joined(state.tokens[:, None].expand(-1, facts.blocks, -1), tokens),
-        base=joined(state.start[:, None].expand_as(length), start),
+        first=first,
+        length=length,
+        kv_length=kv_length,
+        causal=is_text.expand_as(first),
+        moved=torch.nn.functional.pad(moved, (facts.blocks, 0)),
+        tokens=torch.cat([state.tokens[:, None].expand(-1, facts.blocks, -1), tokens], dim=1),
+        base=base,
     )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding.canvas import NO_TOKEN, Canvas, CanvasTable, Options
+from vllm_nbdiff.decoding.indices import indices
 from vllm_nbdiff.decoding.rules import active_positions
 from vllm_nbdiff.decoding.segments import Canvases
 
@@ -49,7 +50,7 @@ def add(
     shown = nested(tokens, proposed, table.rank[batch.slot], facts.versions)
     masked = shown == facts.mask_token_id
     masked &= (table.columns < state.width[:, None])[:, None]
-    level = torch.arange(facts.versions + 1, device=count.device)
+    level = indices(facts.versions + 1, count.device)
     exists = look[:, None] & (level <= count[:, None])
     size = options.sub_block_length[:, None].expand(exists.shape)
     active = active_positions(masked, size, None) & exists[:, :, None]
@@ -75,11 +76,18 @@ def nested(canvas: Tensor, proposed: Tensor, rank: Tensor, count: int) -> Tensor
     """
     absent = proposed == NO_TOKEN
     order = rank.masked_fill(absent, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(canvas.shape[1], device=canvas.device).expand(order.shape)
+    places = indices(canvas.shape[1], canvas.device).expand(order.shape)
     place = torch.empty_like(order).scatter(1, order, places)
-    level = torch.arange(count + 1, device=canvas.device)[:, None]
+    level = indices(count + 1, canvas.device)[:, None]
     filled = (place[:, None] < level) & ~absent[:, None]
     return torch.where(filled, proposed[:, None], canvas[:, None])
+
+
+def of_level(values: Tensor, level: Tensor | None) -> Tensor:
+    """[B, L]: of [B, C, L] the canvas of that `level` [B] int64; None: the first."""
+    if level is None:
+        return values[:, 0]
+    return values[indices(len(level), level.device), level]
 
 
 def _count(
@@ -93,7 +101,7 @@ def _count(
     look: Tensor,
 ) -> Tensor:
     """Versions [B] int64 of each request, whose canvases touch `pages` [B]."""
-    columns = torch.arange(canvas.shape[1], device=canvas.device)
+    columns = indices(canvas.shape[1], canvas.device)
     masked = (canvas == facts.mask_token_id) & (columns < state.width[:, None])
     proposals = (proposed != NO_TOKEN).sum(1)
     count = torch.minimum(options.max_versions, torch.minimum(proposals, masked.sum(1) - 1))

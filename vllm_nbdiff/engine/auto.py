@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_nbdiff.decoding.emitted import Emitted
+from vllm_nbdiff.decoding.fan_out import VerifiedTexts
 from vllm_nbdiff.engine.chooser import DraftChooser, Verified
 from vllm_nbdiff.engine.cost import CostModel
 from vllm_nbdiff.engine.options import OptionTable
@@ -90,12 +91,11 @@ class AutoDrafts:
             chance, survival = self._agree(np.array(limits)).tolist()
             self.options.set_limits(slots[drafting & (widths == width)], chance, survival)
 
-    def observe_drafts(self, read: tuple[Tensor, ...] | None) -> None:
-        """Learn from verified texts when the next schedule begins: [B] each, the numbers of
-        `Verified`."""
-        if read is None or not self._drafting.any():
+    def observe_drafts(self, verified: VerifiedTexts | None) -> None:
+        """Learn from verified texts when the next schedule begins."""
+        if verified is None or not self._drafting.any():
             return
-        numbers, event = torch.stack(read), None
+        numbers, event = torch.stack(verified.numbers()), None
         if numbers.is_cuda:
             event = torch.cuda.Event()
             numbers = numbers.to("cpu", non_blocking=True)

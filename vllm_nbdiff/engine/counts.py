@@ -58,10 +58,12 @@ class CountedOutput(SamplerOutput):
 class Tally:
     """What the forwards of one schedule add up to."""
 
-    def __init__(self) -> None:
+    def __init__(self, verifies: Tensor) -> None:
+        """Of requests of which those that `verifies` [B] bool says verify their texts."""
+        self._verifies = verifies
         self._rows: list[Tensor] = []
         self._guesses: list[tuple[Tensor, Tensor]] = []
-        self._drafts: list[tuple[Tensor, Tensor]] = []
+        self._texts: list[tuple[Tensor, Tensor]] = []
         self._fan_outs: list[tuple[Tensor, Tensor]] = []
         self.broken: Tensor | None = None
         """[B] int64, broken rows; None: there are none."""
@@ -75,9 +77,9 @@ class Tally:
         """Whose seeds were guessed, and were right, [B] bool each."""
         self._guesses.append((guessed, right))
 
-    def add_drafts(self, drafted: Tensor, accepted: Tensor) -> None:
-        """Tokens of verified drafts, [B] int64 each."""
-        self._drafts.append((drafted, accepted))
+    def add_texts(self, read: Tensor, held: Tensor) -> None:
+        """Columns of texts that were read, and of them those that held, [B] int64 each."""
+        self._texts.append((read, held))
 
     def add_fan_outs(self, made: Tensor, hit: Tensor) -> None:
         """Drafts made for break points, [B] int64, and whose texts broke off at one, [B] bool."""
@@ -96,7 +98,7 @@ class Tally:
         rows = torch.stack([lengths.sum(1) for lengths in self._rows])
         none = torch.zeros_like(rows[0])
         guesses, hits = self._sums(self._guesses, none)
-        drafted, accepted = self._sums(self._drafts, none)
+        drafted, accepted = self._drafts(none)
         fan_outs, fan_hits = self._sums(self._fan_outs, none)
         counts = Counts(
             forwards=decodes * len(rows),
@@ -112,6 +114,14 @@ class Tally:
             stuck=none if self._stuck is None else self._stuck,
         )
         return torch.stack(counts, dim=1).int()
+
+    def _drafts(self, none: Tensor) -> list[Tensor]:
+        """[B] int64 each: tokens of verified drafts, behind their seeds, and those that held."""
+        if not self._texts:
+            return [none, none]
+        read, held = (torch.stack(lengths) for lengths in zip(*self._texts, strict=True))
+        drafted = self._verifies & (read > 0)
+        return [torch.where(drafted, lengths - 1, 0).sum(0) for lengths in (read, held)]
 
     @staticmethod
     def _sums(pairs: list[tuple[Tensor, Tensor]], none: Tensor) -> tuple[Tensor, Tensor]:

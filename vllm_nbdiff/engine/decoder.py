@@ -15,6 +15,7 @@ from vllm_nbdiff.decoding import decide, fan_out, versions
 from vllm_nbdiff.decoding.canvas import NO_TOKEN, Canvas, CanvasTable
 from vllm_nbdiff.decoding.decide import Proposal, Text
 from vllm_nbdiff.decoding.emitted import Emitted
+from vllm_nbdiff.decoding.indices import indices
 from vllm_nbdiff.decoding.logprobs import Filled, decided
 from vllm_nbdiff.decoding.plan import Plan, fixed_columns, make_plan
 from vllm_nbdiff.decoding.rows import Packed, pack
@@ -38,18 +39,17 @@ class Decoder:
         self.options = options
         self.sampler = sampler
         self.steps = steps
-        self.read: tuple[Tensor, ...] | None = None
-        """Of the last forward, [B] each: the numbers of `auto.Verified`."""
+        # By the last forward:
+        self.verified: fan_out.VerifiedTexts | None = None
         self._filled: Filled | None = None
-        """By the last forward."""
 
     def begin(self, schedule: Schedule) -> None:
         """Take the batch of a schedule."""
         self.schedule = schedule
         count, device = len(schedule.slots), self.table.tokens.device
         most = int(schedule.scheduled[schedule.decodes].max(initial=1))
-        self.emitted, self.tally = Emitted(count, most, device), Tally()
         self._options = self.options.read(schedule.batch.slot)
+        self.emitted, self.tally = Emitted(count, most, device), Tally(self._options.verifies)
         self._state = self.table.read(schedule.batch.slot)
         self.sampler.logprobs.begin(schedule, self._first_emitted)
         self.steps.begin(schedule, self._options, self._first_emitted)
@@ -87,19 +87,18 @@ class Decoder:
 
     def decide(self, logits: Tensor) -> None:
         """Take the logits [n, V] of those rows; changes canvases and what is emitted."""
-        plan, packed = self._plan, self._packed
+        plan, packed, facts = self._plan, self._packed, self.schedule.facts
         self.tally.add_forward(plan.segments.length)
-        self.read = None
-        reads = self._worth(plan.reads)
-        if not (reads or len(packed.owner)):
+        self.verified = self._filled = None
+        if not ((reads := self._worth(plan.reads)) or len(packed.owner)):
             return
         emitted_before = self.emitted.count
         spread = self._draw(logits, packed)
-        state, looked = plan.state, plan.look & ~plan.ahead
-        self._filled = None
+        state, looked = plan.state, plan.look & ~plan.ahead if facts.fuses else plan.look
         if reads:
-            state, looked = self._read_text(spread, looked)
-        if self._worth(looked):
+            state, kept = self._read_text(spread)
+            looked = looked | kept if facts.fuses else looked
+        if facts.denoises and self._worth(looked):
             state = self._fill(spread, packed, state, looked)
         if self.sampler.logprobs.asked and len(packed.owner):
             self.sampler.record(plan, packed, *decided(plan, spread[0], self._filled))
@@ -140,8 +139,8 @@ class Decoder:
         """[B, K]: what was drawn for packed rows, where it belongs."""
         return self._packed.spread(values, *self._plan.rows.needed.shape)
 
-    def _read_text(self, spread: list[Tensor], looked: Tensor) -> tuple[Canvas, Tensor]:
-        """Commit or verify canvases, begin the next ones; which of those to fill."""
+    def _read_text(self, spread: list[Tensor]) -> tuple[Canvas, Tensor]:
+        """Commit or verify canvases, begin the next ones; [B] bool: which of those to fill."""
         plan, batch, facts = self._plan, self.schedule.batch, self.schedule.facts
         following, chance = (field[:, : plan.num_next] for field in spread[:2])
         needed = plan.rows.needed[:, : plan.num_next]
@@ -150,21 +149,12 @@ class Decoder:
         tokens = plan.state.tokens
         self.sampler.constraints.keep_text(plan, text.length, self.schedule)
         self._emit(tokens, text.length, plan.state.start)
-        self.emitted.ended |= plan.ends & (text.length == plan.text)
+        if plan.ends is not None:
+            self.emitted.ended |= plan.ends & (text.length == plan.text)
         if facts.family.seed != "never":
-            # Nothing comes after a seed that ends its request and would need its KV.
-            own = text.seed[:, None], text.begin[:, None]
-            ends = self.table.is_last(batch.slot, plan.options, *own)[:, 0]
-            ends &= (text.length > 0) & ~self.emitted.ended
-            ends &= self.emitted.count < batch.scheduled
-            if empty is not None:
-                reads = plan.reads & ~self.emitted.ended
-                ends &= ~self.sampler.grammars.lose(reads, text.length, empty, self.schedule)
-            if self._worth(ends):
-                self.emitted.append(text.seed[:, None], ends.long())
-                self.emitted.ended |= ends
+            self._end_with_seeds(text, empty)
         state = decide.begin_canvases(self.table, plan, text, batch, facts)
-        hit = torch.zeros_like(text.kept)
+        hit = None
         if facts.drafts and self._worth(plan.canvases.exists):
             token, chance = (self._of_canvases(field) for field in spread[:2])
             found = fan_out.drafts(plan, text, token, chance, facts.mask_token_id)
@@ -172,7 +162,26 @@ class Decoder:
         self._count_text(plan, text, hit)
         if facts.family.thinking_budget:
             state = self.sampler.constraints.end_thinking(state, plan.reads, self.schedule)
-        return state, looked | text.kept
+        return state, text.kept
+
+    def _end_with_seeds(self, text: Text, empty: Tensor | None) -> None:
+        """End requests with the seed behind their text, whose KV nothing needs then.
+
+        Args:
+            empty: [B, N] bool, rows of texts in which no token was left; None: there are none.
+        """
+        batch, emitted, lost = self.schedule.batch, self.emitted, None
+        if empty is not None:
+            reads = self._plan.reads & ~emitted.ended
+            lost = self.sampler.grammars.lose(reads, text.length, empty, self.schedule)
+        own = text.seed[:, None], text.begin[:, None]
+        ends = self.table.is_last(batch.slot, self._plan.options, *own)[:, 0]
+        if not self._worth(ends):
+            return
+        ends &= (text.length > 0) & ~emitted.ended & (emitted.count < batch.scheduled)
+        ends = ends if lost is None else ends & ~lost
+        emitted.append(text.seed[:, None], ends.long())
+        emitted.ended |= ends
 
     def _emit(self, tokens: Tensor, columns: Tensor, start: Tensor) -> None:
         """Emit the first `columns` [B] of canvases `tokens` [B, L] at `start` [B], no prompt."""
@@ -189,9 +198,9 @@ class Decoder:
         batch, facts = schedule.batch, schedule.facts
         level = self._level(spread)
         proposal = Proposal(
-            self._of_level(plan.canvases.tokens, level),
-            self._of_level(plan.canvases.active, level),
-            *(self._of_level(self._of_canvases(field), level) for field in spread),
+            versions.of_level(plan.canvases.tokens, level),
+            versions.of_level(plan.canvases.active, level),
+            *(versions.of_level(self._of_canvases(field), level) for field in spread),
         )
         accepted = decide.choose(plan, proposal, looked, facts)
         proposal, accepted, legal = self.sampler.legal(plan, proposal, accepted, schedule)
@@ -238,13 +247,6 @@ class Decoder:
             plan.canvases.tokens, plan.canvases.exists, plan.canvases.active, token, confidence
         )
 
-    @staticmethod
-    def _of_level(values: Tensor, level: Tensor | None) -> Tensor:
-        """[B, L]: of [B, C, L] the canvas of that level."""
-        if level is None:
-            return values[:, 0]
-        return values[torch.arange(len(level), device=level.device), level]
-
     def _unstick(
         self,
         packed: Packed,
@@ -255,7 +257,7 @@ class Decoder:
     ) -> tuple[Proposal, Tensor]:
         """Fill the likeliest position of each `stuck` [B] request with its best other token."""
         wanted = torch.zeros_like(self._plan.canvases.active)
-        requests = torch.arange(len(stuck), device=stuck.device)
+        requests = indices(len(stuck), stuck.device)
         of_stuck = proposal.active & stuck[:, None]
         if self.schedule.facts.edits:
             of_stuck &= proposal.canvas == self.schedule.facts.mask_token_id
@@ -266,25 +268,22 @@ class Decoder:
             rows &= packed.valid
         other = self.sampler.best_others(rows)
         token, probability = (
-            self._of_level(self._of_canvases(self._spread(field)), level)
+            versions.of_level(self._of_canvases(self._spread(field)), level)
             for field in (other.token, other.probability)
         )
         mask = self.schedule.facts.mask_token_id
         return decide.take_likeliest(proposal, accepted, of_stuck, token, probability, mask)
 
-    def _count_text(self, plan: Plan, text: Text, hit: Tensor) -> None:
-        """Add what was read to the counts; `hit` [B] bool: whose next draft is there already."""
+    def _count_text(self, plan: Plan, text: Text, hit: Tensor | None) -> None:
+        """Count what was read; `hit` [B] bool: whose next draft is there; None: nobody's."""
         facts = self.schedule.facts
         if facts.guesses:
             self.tally.add_guesses(plan.ahead, text.kept)
         if facts.verifies:
-            verified = plan.options.verifies & (plan.text > 0)
-            drafts = (torch.where(verified, n - 1, 0) for n in (plan.text, text.length))
-            self.tally.add_drafts(*drafts)
-            if facts.fan_out:
+            self.tally.add_texts(plan.text, text.length)
+            if facts.fan_out and hit is not None:
                 self.tally.add_fan_outs(*fan_out.made(plan, hit))
-            numbers = fan_out.width_of(plan), plan.text, text.length, hit.long()
-            self.read = *numbers, plan.segments.length.sum(1)
+            self.verified = fan_out.VerifiedTexts(plan, text.length, hit)
 
     def goes_on(self) -> bool:
         """Whether another forward may run before the scheduler has to know.
@@ -293,8 +292,8 @@ class Decoder:
         where one has no room for more tokens in this schedule.
         """
         schedule, emitted = self.schedule, self.emitted
-        if schedule.facts.static or schedule.facts.prefills or bool(emitted.ended.any()):
+        if schedule.facts.static or schedule.facts.prefills or any(emitted.ended.tolist()):
             return False
-        if not bool(emitted.count.any()):
+        if not any(emitted.count.tolist()):
             return True
-        return bool((self._state.width <= schedule.batch.scheduled - emitted.count).all())
+        return all((self._state.width <= schedule.batch.scheduled - emitted.count).tolist())

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappin
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_nbdiff.decoding.indices import indices
 from vllm_nbdiff.decoding.plan import Batch, Facts, Plan
 from vllm_nbdiff.decoding.rows import TokenRows, token_rows
 from vllm_nbdiff.decoding.segments import Segments
@@ -40,7 +42,6 @@ class Forward:
 
     segments: Segments
     rows: TokenRows
-    begin: Tensor  # [B] int64, first row of each request
     input_ids: Tensor  # [T] int32
     metadata: dict[str, Any]
     slot_mapping: dict[str, Tensor]
@@ -109,11 +110,9 @@ class PagedBatch:
             slot_mapping = build_slot_mappings_by_layer(slots, self.kv_cache_config)
             metadata = self._own_metadata(segments, slots, facts)
         ids = rows.tokens(segments, self._prompt_ids(rows, facts), batch.decodes)
-        count = segments.length.sum(1)
-        begin = count.cumsum(0) - count
-        self._copy(plan, facts, begin)
+        self._copy(plan, facts, rows.begin)
         self._previous = Forward(
-            segments, rows, begin, ids.int(), metadata, slot_mapping, self.vllm_config
+            segments, rows, ids.int(), metadata, slot_mapping, self.vllm_config
         )
         return self._previous
 
@@ -135,7 +134,7 @@ class PagedBatch:
         self.slot_mappings[0, :total] = torch.where(
             rows.valid, self._slots(segments, rows), PAD_SLOT_ID
         )
-        self._copy(plan, facts, starts[:count])
+        self._copy(plan, facts, rows.begin)
         begins = segments.length.cumsum(1) - segments.length + starts[:count, None]
         begins = torch.cat([begins.flatten(), starts[count : count + 1]]).int()
         # Padding follows a request's rows, and must not shift what causal ones see.
@@ -237,7 +236,7 @@ class PagedBatch:
         table = table.expand(-1, segments.first.shape[1], -1)
         if not (facts.versions or facts.fan_out):
             return table
-        page = torch.arange(table.shape[2], device=table.device)
+        page = indices(table.shape[2], table.device)
         first = (segments.first // self.page_size)[..., None]
         shift = torch.where(page >= first, segments.moved[..., None], 0)
         return table.gather(2, (page + shift).clamp(max=table.shape[2] - 1))
@@ -245,16 +244,16 @@ class PagedBatch:
     def _own_metadata(self, segments: Segments, slots: Tensor, facts: Facts) -> dict[str, Any]:
         """Attention metadata of the segments that have rows."""
         table = self._segment_tables(segments, facts)
-        fields = (segments.length, segments.kv_length, segments.causal, table)
-        used = segments.length > 0
-        if used.all():
-            length, kv_length, causal, tables = (field.flatten(0, 1) for field in fields)
-        else:
-            length, kv_length, causal, tables = (field[used] for field in fields)
-        starts = torch.zeros(len(length) + 1, dtype=torch.int32)
-        torch.cumsum(length, 0, out=starts[1:])
+        fields = (segments.kv_length, segments.causal, table)
+        kv_length, causal, tables = (field.flatten(0, 1) for field in fields)
+        lengths = segments.length.flatten().tolist()
+        if 0 in lengths:
+            used = segments.length.flatten() > 0
+            kv_length, causal, tables = kv_length[used], causal[used], tables[used]
+            lengths = [length for length in lengths if length]
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         arrays = SegmentArrays(starts, kv_length.int(), causal.int(), tables)
-        return self._metadata(arrays, slots, int(length.max()), int(kv_length.max()))
+        return self._metadata(arrays, slots, max(lengths), max(kv_length.tolist()))
 
     def _metadata(
         self, arrays: SegmentArrays, slots: Tensor, longest: int, most: int

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
+from vllm_nbdiff.decoding.indices import indices
 from vllm_nbdiff.decoding.plan import Plan
 
 
@@ -28,7 +29,7 @@ def copied_pages(plan: Plan, table: Tensor, page_size: int, static: bool) -> tup
     canvases = plan.canvases
     fresh = (canvases.moved > 0) & canvases.exists
     # Versions of a canvas stay where they are; beside a text all are new.
-    level = torch.arange(canvases.moved.shape[1], device=fresh.device)
+    level = indices(canvases.moved.shape[1], fresh.device)
     fresh &= (level > plan.state.copied[:, None]) | (plan.text > 0)[:, None]
     begin = canvases.start // page_size * page_size
     fresh &= (begin < canvases.start) & (begin < plan.state.start[:, None])
@@ -52,7 +53,7 @@ def copied_rows(
         static: n does not depend on values; of what is not copied the slot is -1.
     """
     canvases = plan.canvases
-    column = torch.arange(canvases.tokens.shape[2], device=begin.device)
+    column = indices(canvases.tokens.shape[2], begin.device)
     place = (plan.state.start[:, None] + column)[:, None]  # [B, 1, L]
     page, start = place // page_size, canvases.start[..., None]
     wanted = (page == start // page_size) & (place < start) & (plan.text > 0)[:, None, None]

@@ -98,7 +98,7 @@ class ForwardLoop:
         scheduled = torch.from_numpy(runner.num_scheduled_tokens[: len(count)])
         owner = torch.arange(len(count)).repeat_interleave(scheduled)
         offset = torch.arange(len(owner)) - runner.query_start_loc[owner]
-        begin = forward.begin
+        begin = forward.rows.begin
         last = (begin + count - 1).clamp(min=0)
         return torch.minimum(begin[owner] + offset, last[owner])
 
@@ -119,13 +119,13 @@ class ForwardLoop:
 
     def _needed_rows(self, forward: Forward) -> torch.Tensor:
         """[n] int64, the rows of a forward of its own rows that need logits."""
-        return self.decoder.logits_rows(forward.begin)
+        return self.decoder.logits_rows(forward.rows.begin)
 
     def run(self, logits: torch.Tensor) -> None:
         """Decide the first forward, and run and decide those that follow it."""
         decoder, auto = self.decoder, self.auto
         decoder.decide(logits)
-        auto.observe_drafts(decoder.read)
+        auto.observe_drafts(decoder.verified)
         if self._is_timed:
             auto.observe_forward(perf_counter() - self._began)
         forwards = 1
@@ -145,7 +145,7 @@ class ForwardLoop:
             hidden = self.model(input_ids=None, positions=forward.rows.position, segments=forward)
             logits = self.model.compute_logits(hidden[needed])
             decoder.decide(logits)
-            auto.observe_drafts(decoder.read)
+            auto.observe_drafts(decoder.verified)
             auto.observe_forward(perf_counter() - began)
         decoder.end()
         broken = decoder.tally.broken
