@@ -47,7 +47,9 @@ def draw_rows(
     if needed is None:
         return sample(logits, params, mask_token_id)
     rows = needed.nonzero()[:, 0]
-    return _spread(rows, sample(logits[rows], params[rows], mask_token_id), len(logits))
+    # `index_select` copies a row as a whole, indexing number by number.
+    drawn = sample(logits.index_select(0, rows), params[rows], mask_token_id)
+    return _spread(rows, drawn, len(logits))
 
 
 def compile_kernels(logits: Tensor) -> None:
@@ -68,7 +70,7 @@ def _draw_greedily(logits: Tensor, needed: Tensor | None, chances: bool) -> Draw
         token, probability = draw(logits)
         return Drawn(token, probability, probability)
     rows = needed.nonzero()[:, 0]
-    token, probability = draw(logits[rows])
+    token, probability = draw(logits.index_select(0, rows))
     return _spread(rows, Drawn(token, probability, probability), len(logits))
 
 

@@ -155,7 +155,8 @@ def sample(logits: Tensor, params: RowParams, mask_token_id: int) -> Drawn:
     token, probability = _greedy_among(logits, ~sampled)
     drawn = Drawn(token, probability, probability.clone())
     for rows in (~filtered & ~plain).nonzero()[:, 0].split(_chunk_rows(logits)):
-        part, own = _sample_unfiltered(logits[rows], params[rows], mask_token_id), sampled[rows]
+        own = sampled[rows]
+        part = _sample_unfiltered(logits.index_select(0, rows), params[rows], mask_token_id)
         drawn.token[rows[own]], drawn.probability[rows[own]] = (
             part.token[own],
             part.probability[own],
@@ -163,7 +164,7 @@ def sample(logits: Tensor, params: RowParams, mask_token_id: int) -> Drawn:
         drawn.confidence[rows] = part.confidence
     if logits.shape[1] <= _SORTED:
         if len(rows := filtered.nonzero()[:, 0]):
-            part = _sample_sorted(logits[rows], params[rows], mask_token_id)
+            part = _sample_sorted(logits.index_select(0, rows), params[rows], mask_token_id)
             for column, values in zip(drawn, part, strict=True):
                 column[rows] = values
         return drawn
@@ -182,7 +183,7 @@ def _greedy_among(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         return greedy(logits)
     token, probability = torch.zeros(len(logits), dtype=torch.int64), torch.zeros(len(logits))
     if len(rows):
-        token[rows], probability[rows] = greedy(logits[rows])
+        token[rows], probability[rows] = greedy(logits.index_select(0, rows))
     return token, probability
 
 

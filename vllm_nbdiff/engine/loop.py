@@ -143,7 +143,7 @@ class ForwardLoop:
             needed = self._needed_rows(forward)
             self._set_adapters(plan, forward, needed)
             hidden = self.model(input_ids=None, positions=forward.rows.position, segments=forward)
-            logits = self.model.compute_logits(hidden[needed])
+            logits = self.model.compute_logits(hidden.index_select(0, needed))
             decoder.decide(logits)
             auto.observe_drafts(decoder.verified)
             auto.observe_forward(perf_counter() - began)

@@ -117,7 +117,7 @@ class RowSampler:
 
     def _rows_of(self, rows: Tensor) -> Tensor:
         """[n, V] float32: logits of packed rows [n] int64, raw or processed."""
-        logits = self._logits[rows].float()
+        logits = self._logits.index_select(0, rows).float()
         if not self.logprobs.processed:
             logits[:, self.mask_token_id] = self._mask_logits[rows].float()
             return logits
@@ -174,11 +174,11 @@ class RowSampler:
             groups.append((None, logits))
         elif not constrained.all():
             rows = async_tensor_h2d(np.flatnonzero(~constrained), device=logits.device)
-            groups.append((rows, logits[rows]))
+            groups.append((rows, logits.index_select(0, rows)))
         if constrained.any():
             chosen = np.flatnonzero(constrained)
             rows = async_tensor_h2d(chosen, device=logits.device)
-            part = logits[rows].float()
+            part = logits.index_select(0, rows).float()
             self._broken = rows, ~is_sound(part)
             own = Packed(packed.owner[rows], packed.place[rows], None)
             self.grammars.mask(part, plan, own, owner[chosen], schedule)
