@@ -41,7 +41,7 @@ class Facts(NamedTuple):
     versions: int = 0  # most versions of a request's canvas
     drafts: bool = False  # some requests make drafts in the forwards that read text
     fan_out: int = 0  # most break points of such a request for which canvases are looked at
-    denoises: bool = True  # some canvas is looked at otherwise
+    denoises: bool = True  # some canvas is looked at otherwise; no: all requests are lossless
     texts: bool = True  # some request takes part with text; only `of_forward` says no
     looks: bool = True  # some does with a canvas; likewise
     rows: int = 0  # most rows of logits that one request needs
@@ -220,21 +220,22 @@ def _plan_verified(
     decodes: Tensor,
     count: Tensor,
 ) -> Plan:
-    """The plan of a batch whose requests all draft while text is read, those that `decodes` [B]
-    bool says now, with so many masked columns up to each one, `count` [B, L] int64."""
+    """The plan of a batch whose requests all draft while text is read or draft nothing, those that
+    `decodes` [B] bool says now; `count` [B, L] int64: masked columns up to each one."""
     text = fan_out.text_of(table, state, options, batch, facts, count)
     text, breaks = _until_end(table, state, options, batch, facts, torch.where(decodes, text, 0))
-    if facts.static:
+    looks, verifies = facts.drafts, facts.verifies
+    if not facts.static:
+        # Behind a draft there may be no canvas; a token that is read alone is not verified.
+        lengths = text.tolist()
+        looks &= facts.fan_out > 0 or 1 in lengths
+        verifies = max(lengths) > 1
+    if looks:
         canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text, breaks)
-        return _plan_of(state, options, batch, facts, text, breaks, canvases, None)
-    looks, lengths = False, text.tolist()
-    if facts.fan_out or 1 in lengths:
-        canvases = fan_out.canvases(table, state, options, batch, facts, decodes, text, breaks)
-        looks = bool(canvases.exists.any())
+        looks = facts.static or bool(canvases.exists.any())
     if not looks:
         canvases = no_canvas(state)
-    # Behind a draft there may be no canvas; a token that is read alone is not verified.
-    facts = facts._replace(looks=looks, verifies=max(lengths) > 1)
+    facts = facts._replace(looks=looks, verifies=verifies)
     return _plan_of(state, options, batch, facts, text, breaks, canvases, None)
 
 

@@ -201,6 +201,9 @@ class ScheduleReader:
             each = np.maximum(length - 1, 1)
             host["fan_out"] = np.minimum(host["fan_out"], np.maximum(most_rows // each, 1))
             host["fuses"] = host["fuses"] & (others > 0)
+        # A single token that is exact has no masks.
+        exact = config.family.seed == "always" and not config.family.block_causal
+        single = exact & host["verifies"] & (host["block_length"] == 1)
         limited = host["max_steps"] < NO_LIMIT
         verifies, fuses, versions = host["verifies"], host["fuses"], host["max_versions"]
         next_rows = np.where(verifies & decodes, host["block_length"], 1)
@@ -225,7 +228,7 @@ class ScheduleReader:
             versions=int(versions.max()),
             drafts=bool((host["drafts"] & decodes).any()),
             fan_out=int((host["fan_out"] * decodes).max()),
-            denoises=not (decodes.any() and host["drafts"][decodes].all()),
+            denoises=not (decodes.any() and (host["drafts"] | single)[decodes].all()),
             rows=int(most.max()),
             family=config.family,
             blocks=blocks,
