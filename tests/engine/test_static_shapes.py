@@ -12,6 +12,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from tests.conftest import counter, options, tokens_of
 from tests.engine.no_waiting import NoSynchronisation
 from tests.engine.test_golden import request_of
+from vllm_nbdiff.decoding.indices import indices
 from vllm_nbdiff.engine import sampler
 from vllm_nbdiff.engine.loop import ForwardLoop
 from vllm_nbdiff.engine.model_state import NBDiffModelState
@@ -139,6 +140,8 @@ def test_every_option_gives_the_same_text(pair: Any) -> None:
         assert [i for i, text in enumerate(given) if text != expected[i]] == []
     alone = [generate(static, [request])[0] for request in requests]
     assert [i for i, text in enumerate(alone) if text != expected[i]] == []
+    # Tensors that all share were never written.
+    assert all(indices(n, torch.device("cpu")).tolist() == list(range(n)) for n in range(128))
 
 
 def device_steps(llm: Any) -> dict[str, float]:

@@ -215,15 +215,16 @@ def drafts(plan: Plan, text: Text, token: Tensor, probability: Tensor, mask: int
 
 
 class VerifiedTexts(NamedTuple):
-    """What a forward verified."""
+    """What became of the texts of a forward, some of which were verified."""
 
     plan: Plan
     length: Tensor  # [B] int64, columns that held
     hit: Tensor | None  # [B] bool, whose next draft is there already; None: nobody's
 
     def numbers(self) -> tuple[Tensor, ...]:
-        """[B] int64 each: columns of the canvas that is verified or, behind a token that is read
-        alone, drafted; those that are verified; that held; 1 of hits; rows in the forward."""
+        """[B] int64 each, those of `chooser.Verified` in its order: columns of the canvas that is
+        verified or, behind a token that is read alone, drafted; those that are verified; that held;
+        1 of hits; rows in the forward."""
         plan, hit = self.plan, self.hit
         alone = plan.canvases.exists[:, 0] & (plan.text == 1)
         width = torch.where(alone, plan.canvases.width[:, 0], plan.state.width)

@@ -11,5 +11,8 @@ from torch import Tensor
 
 @lru_cache(maxsize=256)
 def indices(count: int, device: torch.device) -> Tensor:
-    """[count] int64 on `device`, from 0; shared by all that ask, so never to be written."""
+    """[count] int64 on `device`, from 0; shared by all that ask, so never to be written.
+
+    For the few counts of a server, such as columns and requests, which are kept for good.
+    """
     return torch.arange(count, device=device)

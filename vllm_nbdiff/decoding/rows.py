@@ -3,8 +3,8 @@
 
 Where shapes may depend on values, a CPU, only what is needed is computed. Where they may not, a
 device with CUDA graphs, the host says how many rows there are and the rest is padding. Here
-alone the two differ, but for work that a CPU leaves out where it sees that there is none (such as
-`Facts.of_forward`).
+alone the two differ, but for work that a CPU leaves out where it sees that there is none, as
+`Facts.of_forward` does and whatever else asks for `facts.static`.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ def token_rows(segments: Segments, given: tuple[Tensor, int] | None) -> TokenRow
         count = ends[:, -1]
         row_begin = count.cumsum(0) - count
         owner = indices(num_reqs, device).repeat_interleave(count)
-        offset = indices(len(owner), device) - row_begin[owner]
+        offset = torch.arange(len(owner), device=device) - row_begin[owner]
         valid = None
     else:
         start, total = given
-        row, row_begin = indices(total, device), start[:num_reqs]
+        row, row_begin = torch.arange(total, device=device), start[:num_reqs]
         bounds = start[1 : num_reqs + 1].contiguous()
         owner = torch.searchsorted(bounds, row, right=True).clamp(max=num_reqs - 1)
         offset = row - start[owner]

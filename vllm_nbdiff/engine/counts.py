@@ -59,7 +59,7 @@ class Tally:
     """What the forwards of one schedule add up to."""
 
     def __init__(self, verifies: Tensor) -> None:
-        """Of requests of which those that `verifies` [B] bool says verify their texts."""
+        """With which of the B requests verify their texts, [B] bool."""
         self._verifies = verifies
         self._rows: list[Tensor] = []
         self._guesses: list[tuple[Tensor, Tensor]] = []

@@ -165,7 +165,8 @@ class Decoder:
         return state, text.kept
 
     def _end_with_seeds(self, text: Text, empty: Tensor | None) -> None:
-        """End requests with the seed behind their text, whose KV nothing needs then.
+        """End requests of which the seed behind their text is the last token, whose KV nothing
+        needs, and lose those in whose row no token was left.
 
         Args:
             empty: [B, N] bool, rows of texts in which no token was left; None: there are none.
