@@ -89,6 +89,31 @@ def _all_that_is_legal_is_given(llm: Any) -> None:
         assert end.finish_reason == "abort" and re.fullmatch(f"[0-9]{{{length}}}", end.text)
 
 
+def test_beside_drafts(tmp_path: Path) -> None:
+    """With static shapes, a request that drafts nothing: as alone."""
+    llm = serve(
+        with_tokenizer("nemotron_labs_diffusion", tmp_path),
+        skip_tokenizer_init=False,
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+        additional_config={"nbdiff": {"static_shapes": True}},
+    )
+    constraint = {"regex": "([0-9][a-z]){12}"}
+    structured = StructuredOutputsParams(**constraint)
+    modes: list[tuple[str, Any]] = [("ar", structured), ("verify", None)]
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=40, structured_outputs=own, extra_args={"nbdiff_mode": mode}
+        )
+        for mode, own in modes
+    ]
+    prompts: list[Any] = [{"prompt_token_ids": [19, 26, 33, 40, 47]}] * 2
+    together = llm.generate(prompts, params, use_tqdm=False)
+    (alone,) = llm.generate(prompts[:1], params[0], use_tqdm=False)
+    (end,) = alone.outputs
+    assert end.finish_reason == "stop" and is_valid(constraint, end.text)
+    assert together[0].outputs[0].token_ids == end.token_ids
+
+
 def test_thoughts_have_a_budget(tmp_path: Path) -> None:
     """Where it is spent thinking ends, once, and the answer is legal; a prompt that has ended
     thinking leaves nothing to bound."""

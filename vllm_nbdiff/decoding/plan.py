@@ -41,7 +41,7 @@ class Facts(NamedTuple):
     versions: int = 0  # most versions of a request's canvas
     drafts: bool = False  # some requests make drafts in the forwards that read text
     fan_out: int = 0  # most break points of such a request for which canvases are looked at
-    denoises: bool = True  # some canvas is looked at otherwise; no: all requests are lossless
+    denoises: bool = True  # some canvas is looked at otherwise; no: all that decode are lossless
     texts: bool = True  # some request takes part with text; only `of_forward` says no
     looks: bool = True  # some does with a canvas; likewise
     rows: int = 0  # most rows of logits that one request needs

@@ -210,9 +210,9 @@ class GrammarTable:
         """[B, 4 + L] int64: where each request's final text ends, columns of a text that is read,
         whether such texts are drafts, columns and tokens of its canvas."""
         decodes, prompt = schedule.decodes, schedule.batch.computed + schedule.batch.scheduled
-        numbers = (plan.state.start, prompt, plan.text, plan.options.verifies.long())
-        columns = [*(field[:, None] for field in numbers), plan.canvases.width[:, :1]]
-        seen = torch.cat([*columns, plan.state.tokens], dim=1).cpu().numpy()
+        state, verifies = plan.state, plan.options.verifies.long()
+        numbers = torch.stack([state.start, prompt, plan.text, verifies, state.width], dim=1)
+        seen = torch.cat([numbers, state.tokens], dim=1).cpu().numpy()
         # A prompt ends where nothing of a canvas is read.
         seen[:, 1] = np.where(decodes, seen[:, 0], seen[:, 1])
         seen[:, 4] *= decodes

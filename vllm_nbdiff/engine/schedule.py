@@ -201,8 +201,9 @@ class ScheduleReader:
             each = np.maximum(length - 1, 1)
             host["fan_out"] = np.minimum(host["fan_out"], np.maximum(most_rows // each, 1))
             host["fuses"] = host["fuses"] & (others > 0)
-        # A single token that is exact has no masks.
+        # A single token that is exact is no mask, unless that is what stands for no token.
         exact = config.family.seed == "always" and not config.family.block_causal
+        exact &= config.mask_token_id > 0
         single = exact & host["verifies"] & (host["block_length"] == 1)
         limited = host["max_steps"] < NO_LIMIT
         verifies, fuses, versions = host["verifies"], host["fuses"], host["max_versions"]
