@@ -14,6 +14,8 @@ from .tuned_tiles import NOT_TUNED, TileShape, tuned_tiles
 
 
 class AttentionLaunch(NamedTuple):
+    """Of `segment_attention`, for all layers of a forward."""
+
     tile: TileShape
     parts: KVParts | None
     """Into which the keys are cut; None: keys are whole."""

@@ -94,7 +94,8 @@ class Decoder:
             return
         emitted_before = self.emitted.count
         spread = self._draw(logits, packed)
-        state, looked = plan.state, plan.look & ~plan.ahead if facts.fuses else plan.look
+        state = plan.state
+        looked = (plan.look & ~plan.ahead) if facts.fuses else plan.look
         if reads:
             state, kept = self._read_text(spread)
             looked = looked | kept if facts.fuses else looked
@@ -146,9 +147,8 @@ class Decoder:
         needed = plan.rows.needed[:, : plan.num_next]
         empty = self.sampler.grammars.empty(needed, chance, self.schedule)
         text = decide.read_text(self.table, plan, batch, facts, following, empty)
-        tokens = plan.state.tokens
         self.sampler.constraints.keep_text(plan, text.length, self.schedule)
-        self._emit(tokens, text.length, plan.state.start)
+        self._emit(plan.state.tokens, text.length, plan.state.start)
         if plan.ends is not None:
             self.emitted.ended |= plan.ends & (text.length == plan.text)
         if facts.family.seed != "never":
