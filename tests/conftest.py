@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from scipy.stats import chisquare
 from vllm import envs
 
 GOLDEN = Path(__file__).parent / "golden"
 MASK = 511
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def _group(nodeid: str) -> str:

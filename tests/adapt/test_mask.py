@@ -41,7 +41,7 @@ def may_see(
     return k <= q if context == "causal" else k < own_block.stop
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 9)), min_size=1, max_size=3),
     block_length=st.sampled_from([1, 2, 4]),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_nbdiff.decoding.bad_words import BadWords, group_words
@@ -157,7 +157,6 @@ def grouped(words: list[list[int]]) -> list[BadWords]:
 
 
 @given(WORDS, st.lists(st.integers(1, 4), min_size=1, max_size=6), LINES)
-@settings(deadline=None)
 def test_bad_words_from_both_sides(
     words: list[list[int]], text: list[int], canvas: list[int]
 ) -> None:
@@ -175,7 +174,6 @@ def test_bad_words_from_both_sides(
 
 
 @given(WORDS, st.lists(st.integers(1, 4), min_size=1, max_size=6), LINES, st.data())
-@settings(deadline=None)
 def test_no_word_is_filled_at_once(
     words: list[list[int]], text: list[int], canvas: list[int], data: st.DataObject
 ) -> None:

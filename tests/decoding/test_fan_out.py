@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.decoding.plans import MASK, plan_of, plan_of_batch, seen_by_segments
@@ -22,7 +22,6 @@ from vllm_nbdiff.families.family import NBDIFF, NEMOTRON, Family
     st.integers(1, 6),
     st.booleans(),
 )
-@settings(deadline=None)
 def test_break_points_by_how_likely_they_are(
     confidence: list[float], text: int, count: int, ends: bool
 ) -> None:
@@ -54,7 +53,6 @@ def test_chance_that_a_column_and_all_before_it_hold() -> None:
     st.sampled_from([1, 16, 32, 128]), st.integers(0, 400), st.booleans(),
     st.sampled_from([NBDIFF, NEMOTRON]), st.data(),
 )  # fmt: skip
-@settings(deadline=None)
 def test_a_canvas_sees_the_text_up_to_its_break_point_and_itself(
     start, length, known, count, page_size, less, static, family, data
 ) -> None:  # type: ignore[no-untyped-def]

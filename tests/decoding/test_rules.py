@@ -3,7 +3,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_nbdiff.decoding import rules
@@ -51,7 +51,6 @@ def select(
 
 
 @given(canvases())
-@settings(deadline=None)
 def test_active_positions_are_the_leftmost_sub_blocks(
     case: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> None:
@@ -67,7 +66,6 @@ def test_active_positions_are_the_leftmost_sub_blocks(
 
 
 @given(canvases(), st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_select(case: tuple[np.ndarray, np.ndarray, np.ndarray], random: st.DataObject) -> None:
     masked, sub, quota = case
     active = active_positions(masked, sub, quota)
@@ -103,7 +101,6 @@ def test_even_quotas_are_the_shares_of_a_block(length: int, steps: int) -> None:
 
 
 @given(canvases(), st.sampled_from(sorted(rules.RULES)), st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_every_rule_makes_progress_within_the_active_positions(
     case: tuple[np.ndarray, np.ndarray, np.ndarray], name: str, random: st.DataObject
 ) -> None:

@@ -4,7 +4,7 @@
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.decoding.plans import MASK, plan_of, seen_by_segments
@@ -30,7 +30,6 @@ def proposals(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 @given(proposals())
-@settings(deadline=None)
 def test_versions_are_nested(case: tuple[Any, Any, Any, int]) -> None:
     canvas, proposed, rank, count = case
     shown = nested(*case)
@@ -44,7 +43,6 @@ def test_versions_are_nested(case: tuple[Any, Any, Any, int]) -> None:
 
 
 @given(proposals(), st.data())
-@settings(deadline=None)
 def test_the_last_right_version_is_that_of_the_paper(
     case: tuple[Any, Any, Any, int], data: st.DataObject
 ) -> None:
@@ -83,7 +81,6 @@ def test_the_last_right_version_is_that_of_the_paper(
     st.integers(0, 300), st.integers(2, 64), st.integers(0, 9), st.sampled_from([1, 16, 32, 128]),
     st.booleans(),
 )  # fmt: skip
-@settings(deadline=None)
 def test_versions_see_the_text_and_themselves(
     start: int, width: int, count: int, page_size: int, static: bool
 ) -> None:

@@ -207,6 +207,29 @@ def test_what_forwards_cost_is_soon_tried() -> None:
     assert widths[8:] == 22 * [1]
 
 
+def test_what_promises_too_little_is_not_tried() -> None:
+    """Where rows take their time, as forwards of 4 requests have shown, nobody expects of the
+    widest drafts of 16 requests that they pay: no forward has their 512 rows."""
+
+    def seconds(rows: int) -> float:
+        return 40e-3 + 3.5e-3 * rows
+
+    chosen = DraftChooser(CostModel(), max_width=32, max_forwards=16)
+    random = np.random.default_rng(0)
+    for rows in (64, 4, 64, 32, 128):
+        chosen.cost.observe(rows, seconds(rows))
+    widths = []
+    for _ in range(30):
+        width = chosen.choose(16, other_rows=0)
+        widths.append(width)
+        if width > 1:
+            wrong = np.flatnonzero(random.random(width - 1) >= 0.95)
+            held = int(wrong[0]) + 1 if len(wrong) else width
+            chosen.observe(seen(width, width, held, hit=0, rows=width))
+        chosen.cost.observe(16 * width, seconds(16 * width))
+    assert 32 not in widths and most_common(widths[15:]) == 1
+
+
 def test_schedules_that_end_with_a_request_want_more_tokens_a_forward() -> None:
     """Where one of 64 ends in nearly every forward, what happens between schedules counts."""
     chosen = chooser(2e-5)

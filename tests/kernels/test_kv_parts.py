@@ -76,7 +76,7 @@ LIMITS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SEGMENTS, LIMITS)
 def test_kernel_cuts_as_its_reference(segments: list[tuple[int, int]], limits: Limits) -> None:
     table = table_of(segments)
@@ -85,7 +85,7 @@ def test_kernel_cuts_as_its_reference(segments: list[tuple[int, int]], limits: L
     counted(segments, ours, limits)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SEGMENTS, LIMITS)
 def test_no_cut_that_has_room_is_faster_by_its_bound(
     segments: list[tuple[int, int]], limits: Limits

@@ -24,7 +24,9 @@ _MEMORY = 0.98  # weight of what was known when drafts are verified, or a schedu
 _GUESS, _DOUBT = 0.9, 0.1
 _DOUBT_ROUNDS = 10  # that outweigh what a width gave in place of what was expected of it
 _HYSTERESIS = 1.05
-_PROBE_EVERY, _HOPELESS = 32, 0.25
+_PROBE_EVERY = 32
+# Of the speed of the present width: less is not tried, now and then or for what its rows cost.
+_HOPELESS, _UNPROMISING = 0.25, 0.8
 
 
 class Verified(NamedTuple):
@@ -194,12 +196,13 @@ class DraftChooser:
 
     def _probe(self, rows: dict[int, int], speed: dict[int, float]) -> int | None:
         """A width to try: what is never tried is never known to have become better."""
-        hopeful = [w for w in self.widths if speed[w] > _HOPELESS * speed[self.width]]
         turn, rest = divmod(self._choices, _PROBE_EVERY)
+        least = (_UNPROMISING if rest else _HOPELESS) * speed[self.width]
+        hopeful = [width for width in self.widths if speed[width] > least]
         if rest:
             # What forwards of so many rows cost is only guessed: one of each is seen soon.
-            unknown = {w: self.cost.unknown(rows[w]) for w in hopeful}
-            new = [w for w, count in unknown.items() if count not in self._probed]
+            unknown = {width: self.cost.unknown(rows[width]) for width in hopeful}
+            new = [width for width, count in unknown.items() if count not in self._probed]
             if self._choices % 2 or not new:
                 return None
             self._probed.add(unknown[new[0]])
