@@ -26,7 +26,7 @@ _DOUBT_ROUNDS = 10  # that outweigh what a width gave in place of what was expec
 _HYSTERESIS = 1.05
 _PROBE_EVERY = 32
 # Of the speed of the present width: less is not tried, now and then or for what its rows cost.
-_HOPELESS, _UNPROMISING = 0.25, 0.8
+_HOPELESS, _UNPROMISING = 0.25, 0.65
 
 
 class Verified(NamedTuple):
@@ -86,7 +86,7 @@ class DraftChooser:
         self._held, self._expected = [0.0] * (max_width + 1), [0.0] * (max_width + 1)
         self._columns = np.arange(max_width)
         self._reached: list[float] | None = None
-        self._choices = 0
+        self._waited, self._turn = 0, 0  # choices since one beside the best was tried, and tries
         self._probed: set[int | None] = {None}  # counts of rows that were unknown
         self._tokens, self._ends = 0.0, 0.0  # of the last schedules: emitted, requests that ended
         self._between = 0.0  # seconds of a schedule outside of its forwards
@@ -186,7 +186,6 @@ class DraftChooser:
             num_requests: `auto` requests in the batch.
             other_rows: rows of the other requests in a forward.
         """
-        self._choices += 1
         rows = {width: self.rows_of(width, num_requests) + other_rows for width in self.widths}
         speed = {width: self.speed(width, num_requests, rows[width]) for width in self.widths}
         best = max(speed, key=lambda width: speed[width])
@@ -196,21 +195,26 @@ class DraftChooser:
 
     def _probe(self, rows: dict[int, int], speed: dict[int, float]) -> int | None:
         """A width to try: what is never tried is never known to have become better."""
-        turn, rest = divmod(self._choices, _PROBE_EVERY)
-        least = (_UNPROMISING if rest else _HOPELESS) * speed[self.width]
-        hopeful = [width for width in self.widths if speed[width] > least]
-        if rest:
-            # What forwards of so many rows cost is only guessed: one of each is seen soon.
-            unknown = {width: self.cost.unknown(rows[width]) for width in hopeful}
-            new = [width for width, count in unknown.items() if count not in self._probed]
-            if self._choices % 2 or not new:
-                return None
-            self._probed.add(unknown[new[0]])
-            return new[0]
+        hopeful = _HOPELESS * speed[self.width]
         # By turns the two next to it.
-        beside = self.widths.index(self.width) + (1 if turn % 2 else -1)
+        beside = self.widths.index(self.width) + (1 if self._turn % 2 else -1)
         probe = self.widths[min(max(beside, 0), len(self.widths) - 1)]
-        return probe if probe in hopeful else None
+        # The longer it takes, the more seldom.
+        longer = self.cost.seconds(rows[probe]) / self.cost.seconds(rows[self.width])
+        self._waited += 1
+        if self._waited >= _PROBE_EVERY * max(longer, 1):
+            self._waited, self._turn = 0, self._turn + 1
+            return probe if speed[probe] > hopeful else None
+        # What forwards of so many rows cost is only guessed: one of each is seen soon.
+        promising = (
+            width for width in self.widths if speed[width] > _UNPROMISING * speed[self.width]
+        )
+        unknown = {width: self.cost.unknown(rows[width]) for width in promising}
+        new = [width for width, count in unknown.items() if count not in self._probed]
+        if self._waited % 2 or not new:
+            return None
+        self._probed.add(unknown[new[0]])
+        return new[0]
 
     def limits(self, width: int, num_requests: int, rows: int) -> Limits:
         """What is worth its rows where all `num_requests` requests take as much.

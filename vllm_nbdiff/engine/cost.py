@@ -58,20 +58,27 @@ class CostModel:
         self._set(self._seconds)
 
     def _guess_others(self) -> None:
-        """What other counts cost by those that are known: a power law between two, which goes on
-        behind the last two unless it is flatter than `_GROWTH`, or steeper than rows."""
+        """What other counts cost by those that are known: a power law between two; behind the last
+        two as much a row as between them, but no less than that of `_GROWTH`."""
         known = [place for place, known in enumerate(self._known) if known]
+        seconds = [self._seconds[place] for place in known]
         growths = [
             log(self._seconds[high] / self._seconds[low]) / log(_ROWS[high] / _ROWS[low])
             for low, high in pairwise(known)
         ]
-        behind = min(max(growths[-1], _GROWTH), 1) if growths else _GROWTH
-        growths = [_GROWTH, *growths, behind]
+        growths = [_GROWTH, *growths, _GROWTH]
+        last, each = known[-1], 0.0
+        if len(known) > 1:
+            each = (seconds[-1] - seconds[-2]) / (_ROWS[last] - _ROWS[known[-2]])
+            each = min(each, seconds[-1] / _ROWS[last])
         for place, rows in enumerate(_ROWS):
             if not self._known[place]:
                 after = bisect_left(known, place)
                 near = known[max(after - 1, 0)]
                 self._seconds[place] = self._seconds[near] * (rows / _ROWS[near]) ** growths[after]
+                if place > last:
+                    straight = seconds[-1] + each * (rows - _ROWS[last])
+                    self._seconds[place] = max(self._seconds[place], straight)
 
     def unknown(self, rows: int) -> int | None:
         """The count of `_ROWS` next to `rows`, unless forwards of that many were seen."""
