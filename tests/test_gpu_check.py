@@ -19,7 +19,9 @@ from scripts.gpu_check.stages import STAGES, Stage
 from tests.conftest import in_process
 
 
-@pytest.mark.parametrize("engine", [[], pytest.param(["eager"], marks=pytest.mark.long)], ids=len)
+@pytest.mark.parametrize(
+    "engine", [[], pytest.param(["eager"], marks=pytest.mark.long)], ids=["kernels", "engine"]
+)
 def test_a_rehearsal(engine: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Kernels, and an engine, in the interpreter; what needs a GPU is skipped with its reason."""
     out = tmp_path / "found.json"
