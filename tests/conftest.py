@@ -31,10 +31,18 @@ def _group(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest groups first: the other process has the rest meanwhile."""
+    """The longest groups first: the other process has the rest meanwhile.
+
+    Within a group, what ends the server that others share comes last.
+    """
     longest = ["servers", "tests/engine/test_warm_up.py"]
     order = {group: place for place, group in enumerate(longest)}
-    items.sort(key=lambda item: order.get(_group(item.nodeid), len(longest)))
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        own = order.get(_group(item.nodeid), len(longest))
+        return own, item.path.name == "test_shutdown.py"
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -53,6 +61,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _environment_is_read_anew() -> None:
     """An engine that an earlier test started made vLLM keep the environment as it was then."""
     envs.disable_envs_cache()
+
+
+@pytest.fixture(scope="session")
+def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The `Keeper` of the one server without further flags."""
+    from tests.serving.keeper import Keeper
+
+    with Keeper(tmp_path_factory.mktemp("server")) as keeper:
+        yield keeper
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +122,8 @@ def make_llm() -> Callable[..., Any]:
             "enforce_eager": True,
             "max_model_len": 512,
             "disable_log_stats": False,
+            # Of the default, 4 GiB, zeroing alone takes seconds.
+            "kv_cache_memory_bytes": 1 << 27,
         }
         settings |= kwargs
         overrides |= settings.pop("hf_overrides", {})

@@ -8,11 +8,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import triton
-import triton.language
+import triton.language as tl
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+_patch_lang = interpreter._patch_lang
+
+
+def _patch_once(function: Any) -> Any:
+    """Nothing where the launch around a device function has patched all of the language.
+
+    Triton looks at every builtin again for each call of one, which takes longer than the call.
+    """
+    languages = [m for m in function.__globals__.values() if m is tl or m is tl.core]
+    first = [x for language in languages for x in (language.arange, language.tensor.__add__)]
+    if any(map(tl.core.is_builtin, first)):
+        return _patch_lang(function)
+    return interpreter._LangPatchScope()
 
 
 def interpret_kernels() -> None:
@@ -22,6 +37,7 @@ def interpret_kernels() -> None:
     imported triton by now; an environment variable would also leak into the servers they start.
     """
     triton.knobs.runtime.interpret = True
+    interpreter._patch_lang = _patch_once
     for name, module in list(sys.modules.items()):
         if name.startswith(("triton.language", "vllm_nbdiff.kernels")):
             for attribute, function in list(vars(module).items()):

@@ -3,7 +3,9 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,24 +16,53 @@ from scripts.gpu_check.cases import LENGTHS, MAX_TOKENS, MODES, bundled_cases
 from scripts.gpu_check.options import Options
 from scripts.gpu_check.result import Result
 from scripts.gpu_check.stages import STAGES, Stage
+from tests.conftest import in_process
 
 
-def test_a_rehearsal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Kernels and an engine in the interpreter; what needs a GPU is skipped with its reason."""
+@pytest.mark.parametrize(
+    "engine", [[], pytest.param(["eager"], marks=pytest.mark.long)], ids=["kernels", "engine"]
+)
+def test_a_rehearsal(engine: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Kernels, and an engine, in the interpreter; what needs a GPU is skipped with its reason."""
     out = tmp_path / "found.json"
     skipped = ["compiled", "full-graphs", "default", "monitored", "memory", "model"]
-    chosen = ["kernels", "eager", *skipped]
+    chosen = ["kernels", *engine, *skipped]
     assert command.main(["--toy", "--only", *chosen, "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     assert {name: result["status"] for name, result in found.items()} == {
         name: "skipped" if name in skipped else "ok" for name in chosen
     }
-    assert found["eager"]["detail"] == "3 requests, 3 modes: all tokens as stored"
-    steps = found["eager"]["figures"]["steps"]
-    assert steps["all"]["none"] > steps["alone"]["none"] > 0
+    if engine:
+        assert found["eager"]["detail"] == "3 requests, 3 modes: all tokens as stored"
+        assert_steps(found["eager"]["figures"])
     assert all(found[name]["detail"] and found[name]["figures"]["seconds"] for name in chosen)
     table = capfd.readouterr().out.rpartition("stage ")[2]
     assert [line.split()[0] for line in table.splitlines()[1:]] == chosen
+
+
+def assert_steps(figures: dict[str, Any]) -> None:
+    """All requests took more than those that were alone."""
+    steps = figures["steps"]
+    assert steps["all"]["none"] > steps["alone"]["none"] > 0
+
+
+def test_tokens_are_compared_with_the_stored_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine that interprets nothing; one other token is named."""
+    options = Options(toy=False, model=None)
+    settings = {"additional_config": {"nbdiff": {"static_shapes": True}}}
+    with in_process():
+        llm = engines.bundled(
+            options, enforce_eager=True, kv_cache_memory_bytes=1 << 27, **settings
+        )
+    found = engines.compare(llm, options)
+    cases = bundled_cases()
+    right = f"{len(cases)} requests, {len(MODES)} modes: all tokens as stored"
+    assert (found.status, found.detail) == ("ok", right)
+    assert_steps(found.figures)
+    other = replace(cases[0], tokens=(*cases[0].tokens[:-1], cases[0].tokens[-1] ^ 1))
+    monkeypatch.setattr(engines, "bundled_cases", lambda: [other])
+    found = engines.compare(llm, options)
+    assert found.status == "wrong" and other.name in found.detail
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.fuzz import bodies, exchange
-from tests.fuzz.server import Keeper
+from tests.serving.keeper import Keeper
 
 
 def arguments() -> argparse.Namespace:

@@ -1,20 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One server for all tests of this folder, started again where a test has killed it."""
-
-from collections.abc import Iterator
+"""A server that lives, and the answers of well-behaved requests."""
 
 import pytest
 
 from tests.fuzz.exchange import Texts, record
-from tests.fuzz.server import Keeper
+from tests.serving.keeper import Keeper
 from tests.serving.server import Server
-
-
-@pytest.fixture(scope="package")
-def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeper]:
-    """What starts the server and ends it."""
-    with Keeper(tmp_path_factory.mktemp("fuzz")) as keeper:
-        yield keeper
 
 
 @pytest.fixture
@@ -25,5 +16,5 @@ def server(keeper: Keeper) -> Server:
 
 @pytest.fixture(scope="package")
 def expected(keeper: Keeper) -> list[Texts]:
-    """The answers of the well-behaved requests, each alone on a new server."""
+    """The answers of the well-behaved requests, each alone on the server."""
     return record(keeper.server())

@@ -14,7 +14,7 @@ import httpx
 
 from tests.fuzz.bodies import Call
 from tests.fuzz.fields import MODELS, QUESTION
-from tests.fuzz.server import is_healthy
+from tests.serving.keeper import is_healthy
 from tests.serving.server import NAME, Server
 
 LIMIT = 60.0

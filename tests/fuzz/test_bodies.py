@@ -3,7 +3,7 @@
 
 from tests.fuzz import bodies, exchange
 from tests.fuzz.exchange import Texts
-from tests.fuzz.server import Keeper
+from tests.serving.keeper import Keeper
 
 BODIES = 60
 SEED = 4  # of the first few, the one whose bodies reach furthest

@@ -22,9 +22,15 @@ def test_every_option_has_values() -> None:
     assert set(fields.OPTION_NAMES) == set(OPTION_KEYS)
 
 
-def test_bodies_reach_everything() -> None:
-    """A long run sends every field to each endpoint and every option, and bodies are diverse."""
-    calls = bodies.generate(2000, 0)
+@pytest.mark.parametrize(
+    ("number", "every_field"),
+    [(400, False), pytest.param(2000, True, marks=pytest.mark.long)],
+    ids=["short", "long"],
+)
+def test_bodies_reach_everything(number: int, every_field: bool) -> None:
+    """Bodies are diverse; they send every option, and to each endpoint every field that is
+    honoured. A long run sends every other field too."""
+    calls = bodies.generate(number, 0)
     sent = {path: Counter[str]() for path in fields.MODELS}
     options = Counter[str]()
     for call in calls:
@@ -33,9 +39,9 @@ def test_bodies_reach_everything() -> None:
             xargs = call.body.get("vllm_xargs")
             options.update(list(xargs) if isinstance(xargs, dict) else ())
     for path, model in fields.MODELS.items():
-        assert set(model.model_fields) <= set(sent[path])
+        assert set(model.model_fields if every_field else fields.HONOURED) <= set(sent[path])
     assert set(OPTION_KEYS) <= set(options)
-    assert len(set(map(str, calls))) > 1900
+    assert len(set(map(str, calls))) > 0.95 * number
     assert any(call.leave_after is not None for call in calls)
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.fuzz import exchange, values
 from tests.fuzz.bodies import Call
 from tests.fuzz.fields import QUESTION
-from tests.fuzz.server import Keeper
+from tests.serving.keeper import Keeper
 from tests.serving.server import NAME, Server
 
 POWERS = (2**32 + 5, 2**63)

@@ -13,7 +13,7 @@ from tests.fuzz.bodies import Call
 from tests.serving.server import Server
 
 CLIENTS = 64
-SECONDS = 20
+SECONDS = 10
 SETTLE = 60  # seconds until the engine has dropped what nobody reads
 
 # One position a step, to the end of the context: none ends by itself before its client leaves.

@@ -82,7 +82,12 @@ def generate(
 
 
 @pytest.mark.parametrize(
-    ("executor", "shapes"), [("mp", "dynamic"), ("ray", "dynamic"), ("mp", "static")]
+    ("executor", "shapes"),
+    [
+        pytest.param("mp", "dynamic", marks=pytest.mark.long),
+        ("ray", "dynamic"),
+        ("mp", "static"),
+    ],
 )
 def test_golden_with_two_workers(
     executor: str,
@@ -110,7 +115,7 @@ def test_golden_with_two_workers(
     assert ("Started a local Ray instance" in log) == (executor == "ray")
 
 
-@pytest.mark.parametrize("family", ["sdar", "llada2"])
+@pytest.mark.parametrize("family", [pytest.param("sdar", marks=pytest.mark.long), "llada2"])
 def test_families_with_two_workers(family: str) -> None:
     """One with dense layers and one with experts."""
     cases = cases_of(family, BLOCK_LENGTH)

@@ -1,22 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One server for all tests of this folder."""
+"""One server for all tests of this folder, and an engine that answers the same offline."""
 
-from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 
-from tests.serving.server import Server, serve
+from tests.conftest import in_process
+from tests.serving.keeper import Keeper
+from tests.serving.server import ENGINE, MODEL, Server
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def server(keeper: Keeper) -> Server:
     """A running server."""
-    with serve(tmp_path_factory.mktemp("server") / "log") as running:
-        yield running
+    return keeper.server()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
     """A client of it."""
     return server.client()
+
+
+@pytest.fixture(scope="session")
+def offline() -> Any:
+    """An engine of the same settings in this process."""
+    from vllm import LLM
+
+    with in_process():
+        return LLM(model=str(MODEL), enforce_eager=True, **ENGINE)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -83,8 +84,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(log: Path, *flags: str, model: Path = MODEL) -> Iterator[Server]:
-    """Start a server, ready to answer, and end it on the way out."""
+def serve(
+    log: Path, *flags: str, model: Path = MODEL, worker_apart: bool = False
+) -> Iterator[Server]:
+    """Start a server, ready to answer, and end it on the way out.
+
+    vLLM's worker has a process of its own by default, which takes as long to start as the others.
+    """
     port = free_port()
     command = [
         str(Path(sys.executable).with_name("vllm")),
@@ -93,8 +99,11 @@ def serve(log: Path, *flags: str, model: Path = MODEL) -> Iterator[Server]:
         *(f"--{key.replace('_', '-')}={value}" for key, value in ENGINE.items()),
         *flags,
     ]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(worker_apart))}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
     server = Server(process, f"http://127.0.0.1:{port}")
     try:
         _wait_until_healthy(server, log)

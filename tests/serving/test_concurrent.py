@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from vllm import LLM
 
 from tests.serving import cases
-from tests.serving.server import ENGINE, MODEL, NAME, Server
+from tests.serving.server import NAME, Server
 
 CLIENTS = 64
 Answer = list[tuple[str, str | None]]  # text and finish reason of each choice
@@ -25,17 +23,16 @@ def requests() -> list[cases.Case]:
 
 
 @pytest.fixture(scope="module")
-def twins(requests: list[cases.Case]) -> Iterator[list[Answer]]:
+def twins(requests: list[cases.Case], offline: Any) -> list[Answer]:
     """The offline answers."""
-    llm = LLM(model=str(MODEL), enforce_eager=True, **ENGINE)
     texts = [case for case in requests if not case.chat]
     chats = [case for case in requests if case.chat]
-    outputs = llm.generate(
+    outputs = offline.generate(
         [case.prompt() for case in texts],
         [case.sampling_params() for case in texts],
         use_tqdm=False,
     )
-    outputs += llm.chat(
+    outputs += offline.chat(
         [case.messages() for case in chats],
         [case.sampling_params() for case in chats],
         use_tqdm=False,
@@ -44,8 +41,7 @@ def twins(requests: list[cases.Case]) -> Iterator[list[Answer]]:
         id(case): [(choice.text, choice.finish_reason) for choice in output.outputs]
         for case, output in zip(texts + chats, outputs, strict=True)
     }
-    yield [answers[id(case)] for case in requests]
-    llm.llm_engine.engine_core.shutdown()
+    return [answers[id(case)] for case in requests]
 
 
 async def answer(client: openai.AsyncOpenAI, case: cases.Case) -> Answer:

@@ -15,8 +15,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 from vllm import SamplingParams
 
-from tests.conftest import in_process
-from tests.serving.server import ENGINE, MODEL, NAME, Server
+from tests.serving.server import MODEL, NAME, Server
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 PROBLEMS = [json.loads(line) for line in (TASKS / "problems.jsonl").read_text().splitlines()]
@@ -51,15 +50,11 @@ def answers(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-def test_generation(answers: dict[str, Any]) -> None:
+def test_generation(answers: dict[str, Any], offline: Any) -> None:
     """Text by text, and so the share of exact answers, which is neither none nor all."""
-    from vllm import LLM
-
-    with in_process():
-        llm = LLM(model=str(MODEL), enforce_eager=True, **ENGINE)
     params = SamplingParams(temperature=0, max_tokens=42)  # as of the task, which cuts long ones
     prompts = [f"<|user|>{problem['question']}<|assistant|>" for problem in PROBLEMS]
-    texts = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+    texts = [output.outputs[0].text for output in offline.generate(prompts, params, use_tqdm=False)]
     assert [sample["resps"][0][0] for sample in answers["nano_generate"]] == texts
     exact = sum(text == problem["answer"] for text, problem in zip(texts, PROBLEMS, strict=True))
     assert 0 < exact < len(texts)

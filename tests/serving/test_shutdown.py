@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 
 import openai
 
-from tests.serving.server import NAME, STOP_LIMIT, Server, serve
+from tests.serving.server import NAME, STOP_LIMIT, Server
 
 CLIENTS = 8
 
@@ -29,21 +28,20 @@ def ask(server: Server, ended: list[str]) -> None:
         ended.append(type(error).__name__)
 
 
-def test_sigterm_in_the_middle(tmp_path: Path) -> None:
+def test_sigterm_in_the_middle(server: Server) -> None:
     """The server ends in time, leaves no process behind, and no client waits for ever."""
     ended: list[str] = []
-    with serve(tmp_path / "log") as server:
-        threads = [threading.Thread(target=ask, args=(server, ended)) for _ in range(CLIENTS)]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + 60
-        while server.metric("vllm:num_requests_running") < CLIENTS:
-            assert time.monotonic() < deadline, f"requests did not run, {ended}"
-            time.sleep(0.1)
-        assert len(server.family()) >= 3  # front end, engine, worker
-        begin = time.monotonic()
-        left = server.stop()
-        took = time.monotonic() - begin
+    threads = [threading.Thread(target=ask, args=(server, ended)) for _ in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while server.metric("vllm:num_requests_running") < CLIENTS:
+        assert time.monotonic() < deadline, f"requests did not run, {ended}"
+        time.sleep(0.1)
+    assert len(server.family()) >= 3  # front end, engine, worker
+    begin = time.monotonic()
+    left = server.stop()
+    took = time.monotonic() - begin
     for thread in threads:
         thread.join(timeout=30)
     assert left == []

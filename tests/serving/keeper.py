@@ -49,7 +49,7 @@ class Keeper:
         if self._running is None or not is_healthy(self._running):
             self._stack.close()
             self.starts += 1
-            self._running = self._stack.enter_context(serve(self.log))
+            self._running = self._stack.enter_context(serve(self.log, worker_apart=True))
         return self._running
 
 
