@@ -122,8 +122,6 @@ def make_llm() -> Callable[..., Any]:
             "enforce_eager": True,
             "max_model_len": 512,
             "disable_log_stats": False,
-            # Of the default, 4 GiB, zeroing alone takes seconds.
-            "kv_cache_memory_bytes": 1 << 27,
         }
         settings |= kwargs
         overrides |= settings.pop("hf_overrides", {})

@@ -183,10 +183,7 @@ def test_served_by_name(adapter: Path, merged: PreTrainedModel, tmp_path: Path) 
             ask("other", questions(1)[0])
 
 
-def test_evaluation_asks_the_adapter(
-    adapter: Path, merged: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, all of them zeroed
+def test_evaluation_asks_the_adapter(adapter: Path, merged: PreTrainedModel) -> None:
     said = [text(NANO, answer) for answer in greedy(merged)]
     asked = [evaluate.Question(m, a) for m, a in zip(questions(COUNT), said, strict=True)]
     with in_process():

@@ -23,7 +23,7 @@ def client(server: Server) -> openai.OpenAI:
     return server.client()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def offline() -> Any:
     """An engine of the same settings in this process."""
     from vllm import LLM
