@@ -5,12 +5,14 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import triton
 import triton.language
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -22,6 +24,7 @@ def interpret_kernels() -> None:
     imported triton by now; an environment variable would also leak into the servers they start.
     """
     triton.knobs.runtime.interpret = True
+    interpreter._patch_lang = _patch_once
     for name, module in list(sys.modules.items()):
         if name.startswith(("triton.language", "vllm_nbdiff.kernels")):
             for attribute, function in list(vars(module).items()):
@@ -29,6 +32,18 @@ def interpret_kernels() -> None:
                     numbers = function.do_not_specialize
                     own = InterpretedFunction(function.fn, do_not_specialize=numbers)
                     setattr(module, attribute, own)
+
+
+_patch_lang = interpreter._patch_lang
+
+
+def _patch_once(_: Any) -> Any:
+    """The patch of Triton's language for a kernel, which serves whatever that calls: a search of
+    the language for each call takes a quarter of the time of a kernel."""
+    if triton.language.range.__name__ == "_new_range":
+        return interpreter._LangPatchScope()
+    names = {"tl": triton.language, "core": triton.language.core}
+    return _patch_lang(SimpleNamespace(__globals__=names))
 
 
 Specialisations = set[tuple[Any, ...]]
