@@ -92,15 +92,24 @@ def answer_of(llm: Any, prompt: str, tokens: list[int]) -> str | None:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_lossless_modes_are_ar_decoding(engine: tuple[str, Any], stock_texts: list[Any]) -> None:
-    """Token for token, all modes in one batch, twice."""
+@pytest.mark.parametrize("share", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_lossless_modes_are_ar_decoding(
+    engine: tuple[str, Any], stock_texts: list[Any], share: int
+) -> None:
+    """Token for token, all modes in one batch; some once more, from the prefix cache. Engines share
+    the pairs of a request and a mode."""
     name, llm = engine
     if name == "block-causal":
         pytest.skip("it has none")
-    requests = [request for extra in LOSSLESS for request in requests_of(extra)]
-    for _ in range(2):
-        given = endings(generate(llm, requests))
-        assert given == stock_texts * len(LOSSLESS)
+    first = list(ENGINES).index(name)
+    pairs = [
+        pair
+        for j, extra in enumerate(LOSSLESS, first)
+        for pair in list(zip(requests_of(extra), stock_texts, strict=True))[j % share :: share]
+    ]
+    for own in (pairs, pairs[::share]):
+        requests, texts = zip(*own, strict=True)
+        assert endings(generate(llm, list(requests))) == list(texts)
     assert (counter(llm, "vllm:num_preemptions") > 0) == (name == "preempted")
     assert sum(reason == "stop" for reason, _ in stock_texts) > 8
 
