@@ -89,10 +89,12 @@ def in_process() -> Iterator[None]:
     """Engines made inside run in this process: quick to start, with visible tracebacks.
 
     Those of earlier tests end now: freed later, they would take the process groups of a new one
-    along. vLLM freezes what there is when an engine starts, which no collection frees.
+    along. vLLM freezes what there is when an engine starts, which no collection frees. What is left
+    is frozen, so that the many collections of a start need not look at all that is imported.
     """
     gc.unfreeze()
     gc.collect()
+    gc.freeze()
     before = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
@@ -122,6 +124,7 @@ def make_llm() -> Callable[..., Any]:
             "enforce_eager": True,
             "max_model_len": 512,
             "disable_log_stats": False,
+            "kv_cache_memory_bytes": 1 << 27,  # all that there is would be filled with zeros
         }
         settings |= kwargs
         overrides |= settings.pop("hf_overrides", {})

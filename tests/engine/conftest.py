@@ -50,7 +50,7 @@ def make_async_llm(make_llm: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def plugins_attention() -> Iterator[None]:
     """The plugin's attention on CPU, whose platform asks for `CPU_ATTN` whatever is selected; keys
-    are cut as on a GPU of 16 processors, those of short texts too."""
+    are cut as on a GPU of 8 processors, those of short texts too."""
     interpret_kernels()
     from vllm_nbdiff.kernels import attention_launch
 
@@ -59,7 +59,7 @@ def plugins_attention() -> Iterator[None]:
     _cached_get_attn_backend.cache_clear()
     with pytest.MonkeyPatch.context() as monkeypatch:
         limits_of = attention_launch.limits_of
-        monkeypatch.setattr(attention_launch, "multiprocessor_count", lambda device: 16)
+        monkeypatch.setattr(attention_launch, "multiprocessor_count", lambda device: 8)
         monkeypatch.setattr(
             attention_launch, "limits_of", lambda *of: limits_of(*of)._replace(part_cost=0)
         )

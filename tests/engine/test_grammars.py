@@ -138,17 +138,20 @@ def engine(
     yield request.param, start(request.param, make_llm, make_async_llm)
 
 
+@pytest.mark.parametrize("share", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_lossless_modes_are_constrained_ar_decoding(
-    engine: tuple[str, Any], stock_texts: dict[str, list[Any]]
+    engine: tuple[str, Any], stock_texts: dict[str, list[Any]], share: int
 ) -> None:
-    """Token for token, all modes and plain requests in one batch, twice."""
+    """Token for token, all modes and plain requests in one batch; some once more, from the prefix
+    cache. Engines share the pairs of a request and a mode."""
     name, llm = engine
+    first = list(ENGINES).index(name)
     expected = stock_texts["guidance" if name == "guidance" else "xgrammar"]
     requests, texts = [], []
     for i, ((prompt, own), text) in enumerate(zip(greedy_requests(), expected, strict=True)):
         if name == "guidance" and own.ignore_eos:
             continue  # vLLM's matcher refuses what follows eos if both are emitted at once
-        for extra in LOSSLESS:
+        for extra in LOSSLESS[(first + i) % share :: share]:
             mode = own.clone()
             mode.extra_args = extra
             requests.append((prompt, mode))
@@ -156,10 +159,9 @@ def test_lossless_modes_are_constrained_ar_decoding(
         if i % 3 == 0:
             requests.append((prompt, params(None, extra_args=LOSSLESS[i % 2])))
             texts.append(None)
-    for _ in range(2):
-        given = endings(generate(llm, requests))
-        wrong = [i for i, text in enumerate(texts) if text is not None and given[i] != text]
-        assert wrong == []
+    for part in (slice(None), slice(None, None, share)):
+        given = zip(texts[part], endings(generate(llm, requests[part])), strict=True)
+        assert [i for i, (text, own) in enumerate(given) if text not in (None, own)] == []
     assert (counter(llm, "vllm:num_preemptions") > 0) == (name == "preempted")
 
 
@@ -184,13 +186,18 @@ def test_every_text_is_legal(engine: tuple[str, Any]) -> None:
         assert [pair for pair in finished if not is_valid(*pair)] == []
 
 
-def test_a_seed_gives_the_same_text_drafted_or_not(engine: tuple[str, Any]) -> None:
-    _, llm = engine
+@pytest.mark.parametrize("share", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_a_seed_gives_the_same_text_drafted_or_not(engine: tuple[str, Any], share: int) -> None:
+    """Engines share the requests."""
+    name, llm = engine
     texts = []
     for extra in LOSSLESS:
         requests = [
-            (prompt, params(c, temperature=0.9, seed=i, extra_args=extra, top_p=0.95))
-            for i, (prompt, c) in enumerate(zip(PROMPTS, CONSTRAINTS, strict=True))
+            (
+                PROMPTS[i],
+                params(CONSTRAINTS[i], temperature=0.9, seed=i, extra_args=extra, top_p=0.95),
+            )
+            for i in range(list(ENGINES).index(name) % share, len(PROMPTS), share)
         ]
         texts.append(tokens_of(generate(llm, requests)))
     assert all(text == texts[0] for text in texts)

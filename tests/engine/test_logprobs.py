@@ -4,7 +4,7 @@ token in diffusion."""
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +89,32 @@ def assert_scores(given: Any, expected: Any) -> None:
             assert own[token].logprob == pytest.approx(other[token].logprob, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_lossless_modes_have_those_of_ar_decoding(
-    name: str,
-    prompts: list[dict[str, Any]],
-    ar_outputs: Any,
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(
+    request: Any,
+    ar_outputs: Any,  # first: an engine that ends takes process groups along
     golden_checkpoint: Path,
     make_llm: Callable[..., Any],
     make_async_llm: Callable[..., Any],
-) -> None:
-    """In one batch, beside block diffusion with and without them, twice: prompts are cached."""
+) -> Iterator[tuple[str, Any]]:
+    name = request.param
     factory = make_async_llm if name == "static" else make_llm
-    llm = factory(golden_checkpoint, block_length=LENGTH, **ENGINES[name])
+    yield name, factory(golden_checkpoint, block_length=LENGTH, **ENGINES[name])
+
+
+@pytest.mark.parametrize("share", [2, pytest.param(1, marks=pytest.mark.long)])
+def test_lossless_modes_have_those_of_ar_decoding(
+    share: int, engine: tuple[str, Any], prompts: list[dict[str, Any]], ar_outputs: Any
+) -> None:
+    """In one batch, beside block diffusion with and without them, twice: prompts are cached.
+    Engines share the pairs of a prompt and a mode."""
+    name, llm = engine
     given: list[Any] = list(zip(prompts, ar_outputs[0], [{}] * len(prompts), strict=True))
     given += zip(prompts[:2], ar_outputs[1], [NAMED] * 2, strict=False)
-    cases = list(itertools.product(given, MODES))
+    first = list(ENGINES).index(name)
+    cases = [
+        (own, mode) for i, own in enumerate(given, first) for mode in MODES[i % share :: share]
+    ]
     requests = [prompt for (prompt, *_), _ in cases] + prompts
     params = [ar_params(extra, **more) for (*_, more), extra in cases]
     for count in (None, 1, 0, None, 5):
@@ -146,17 +157,13 @@ def decode(model: Any, prompt: list[int], blocks: int, threshold: float) -> Any:
     return tokens, scores
 
 
-@pytest.mark.parametrize("name", ["looped", "static"])
 def test_diffusion_has_those_of_the_step_that_filled_a_token(
-    name: str,
-    prompts: list[dict[str, Any]],
-    golden_checkpoint: Path,
-    make_llm: Callable[..., Any],
-    make_async_llm: Callable[..., Any],
+    engine: tuple[str, Any], prompts: list[dict[str, Any]], golden_checkpoint: Path
 ) -> None:
+    name, llm = engine
+    if name not in ("looped", "static"):
+        pytest.skip("a step is the same however it is scheduled")
     model = AutoModelForCausalLM.from_pretrained(golden_checkpoint, attn_implementation="sdpa")
-    factory = make_async_llm if name == "static" else make_llm
-    llm = factory(golden_checkpoint, block_length=LENGTH, **ENGINES[name])
     extras = [
         options(threshold=0.3, small_blocks=SMALL),
         options(threshold=0.3, small_blocks=SMALL, fused_commit=1),
@@ -247,12 +254,12 @@ def test_block_causal_families(
         outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
         assert tokens_of(outputs) == [case["expected"] for case in cases]
         found.append([output.outputs[0].logprobs for output in outputs])
+        with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
+            llm.generate(prompts[0], SamplingParams(prompt_logprobs=1))
         del llm
     for own, other in zip(*found, strict=True):
         assert_scores(own, other)
         assert all(next(iter(scores.values())).rank <= 2 for scores in own)
-    with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
-        make(make_llm, family).generate(prompts[0], SamplingParams(prompt_logprobs=1))
 
 
 def test_a_forced_token_is_certain(make_llm: Callable[..., Any]) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lossless modes give the text of AR decoding; fused commits that of separate ones."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,31 +58,36 @@ def ar_texts(golden_cases: list[dict[str, Any]], golden_checkpoint: Path) -> Any
 
 
 @pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("share", [len(ENGINES), pytest.param(1, marks=pytest.mark.long)])
 def test_lossless_modes_are_ar_decoding(
     name: str,
+    share: int,
     ar_texts: Any,
     golden_cases: list[dict[str, Any]],
     golden_checkpoint: Path,
     make_llm: Callable[..., Any],
 ) -> None:
-    """Every mode in one batch, with block diffusion requests among them, twice."""
-    prompts, texts = ar_texts
+    """Every mode in one batch, with block diffusion requests among them; some once more, from the
+    prefix cache. Engines share the pairs of a prompt and a mode."""
+    first = list(ENGINES).index(name)
     llm = make_llm(golden_checkpoint, block_length=32, **ENGINES[name])
     requests, params, expected = [], [], []
-    for (prompt, text), extra in itertools.product(zip(prompts, texts, strict=True), LOSSLESS):
-        requests.append({"prompt_token_ids": prompt})
-        params.append(
-            SamplingParams(temperature=0, max_tokens=45, detokenize=False, extra_args=extra)
-        )
-        expected.append(text)
-    for case in [case for case in golden_cases if case["block_length"] == 32][:10]:
+    for i, (prompt, text) in enumerate(zip(*ar_texts, strict=True), first):
+        for extra in LOSSLESS[i % share :: share]:
+            requests.append({"prompt_token_ids": prompt})
+            params.append(
+                SamplingParams(temperature=0, max_tokens=45, detokenize=False, extra_args=extra)
+            )
+            expected.append(text)
+    cases = [case for case in golden_cases if case["block_length"] == 32]
+    for case in cases[first % share :: share]:
         request, params_of_case = request_of(case)
         requests.append(request)
         params.append(params_of_case)
         expected.append(case["expected"])
-    for _ in range(2):
-        given = tokens_of(llm.generate(requests, params, use_tqdm=False))
-        assert [i for i, text in enumerate(given) if text != expected[i]] == []
+    for own in (slice(None), slice(None, None, share)):
+        given = tokens_of(llm.generate(requests[own], params[own], use_tqdm=False))
+        assert [i for i, text in enumerate(given) if text != expected[own][i]] == []
     assert (counter(llm, "vllm:num_preemptions") > 0) == (name == "preempted")
     assert counter(llm, "vllm:diffusion_num_ar_steps") > 45
 

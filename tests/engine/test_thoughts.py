@@ -92,26 +92,39 @@ def answer_of(llm: Any, prompt: str, tokens: list[int]) -> str | None:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_lossless_modes_are_ar_decoding(engine: tuple[str, Any], stock_texts: list[Any]) -> None:
-    """Token for token, all modes in one batch, twice."""
+@pytest.mark.parametrize("share", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_lossless_modes_are_ar_decoding(
+    engine: tuple[str, Any], stock_texts: list[Any], share: int
+) -> None:
+    """Token for token, all modes in one batch; some once more, from the prefix cache. Engines share
+    the pairs of a request and a mode."""
     name, llm = engine
     if name == "block-causal":
         pytest.skip("it has none")
-    requests = [request for extra in LOSSLESS for request in requests_of(extra)]
-    for _ in range(2):
-        given = endings(generate(llm, requests))
-        assert given == stock_texts * len(LOSSLESS)
+    first = list(ENGINES).index(name)
+    pairs = [
+        pair
+        for j, extra in enumerate(LOSSLESS, first)
+        for pair in list(zip(requests_of(extra), stock_texts, strict=True))[j % share :: share]
+    ]
+    for own in (pairs, pairs[::share]):
+        requests, texts = zip(*own, strict=True)
+        assert endings(generate(llm, list(requests))) == list(texts)
     assert (counter(llm, "vllm:num_preemptions") > 0) == (name == "preempted")
     assert sum(reason == "stop" for reason, _ in stock_texts) > 8
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}])
-def test_every_answer_is_legal(engine: tuple[str, Any], sampling: dict[str, Any]) -> None:
-    """Whatever a model thinks before."""
+@pytest.mark.parametrize("share", [2, pytest.param(1, marks=pytest.mark.long)])
+def test_every_answer_is_legal(
+    engine: tuple[str, Any], share: int, sampling: dict[str, Any]
+) -> None:
+    """Whatever a model thinks before. Engines share the pairs of a request and its options."""
     name, llm = engine
     legal = {True: 0, False: 0}
-    for extra in OF_BLOCK_CAUSAL if name == "block-causal" else DIFFUSION:
-        requests = requests_of(extra, **sampling)
+    kinds = OF_BLOCK_CAUSAL if name == "block-causal" else DIFFUSION
+    for i, extra in enumerate(kinds, list(ENGINES).index(name)):
+        requests = requests_of(extra, **sampling)[i % share :: share]
         for (prompt, own), output in zip(requests, generate(llm, requests), strict=True):
             (end,) = output.outputs
             answer = answer_of(llm, prompt, list(end.token_ids))
@@ -122,7 +135,7 @@ def test_every_answer_is_legal(engine: tuple[str, Any], sampling: dict[str, Any]
             if end.finish_reason == "stop" and answer is not None:
                 assert is_valid(constraint, answer)
                 legal[prompt.endswith(reasoning_parser.END)] += 1
-    assert legal[True] > 6 and legal[False] > 20
+    assert legal[True] * share > 6 and legal[False] * share > 20
 
 
 def test_requests_that_share_what_they_ask_for(engine: tuple[str, Any]) -> None:

@@ -59,6 +59,33 @@ ENGINES = {
     (16, "uneven"): UNEVEN,
     (8, "whole"): WHOLE,
 }
+SHAPES = {"dynamic": False, "static": True}
+# Each family meets each of its lengths, each way to schedule, and both shapes of forwards.
+SELECTED = [
+    ("nemotron_labs_diffusion", 4, "chunked", "static"),
+    ("nemotron_labs_diffusion", 8, "whole", "dynamic"),
+    ("nemotron_labs_diffusion", 16, "uneven", "static"),
+    ("nemotron_labs_diffusion", 32, "preempted", "dynamic"),
+    ("sdar", 4, "chunked", "dynamic"),
+    ("sdar", 8, "whole", "static"),
+    ("sdar", 16, "uneven", "dynamic"),
+    ("sdar", 32, "preempted", "static"),
+    ("fast_dllm_v2", 8, "whole", "dynamic"),
+    ("fast_dllm_v2", 16, "uneven", "static"),
+    ("fast_dllm_v2", 32, "chunked", "dynamic"),
+    ("fast_dllm_v2", 32, "preempted", "static"),
+    ("llada2", 8, "preempted", "dynamic"),
+    ("llada2", 8, "whole", "static"),
+    ("llada2", 16, "uneven", "dynamic"),
+    ("llada2", 32, "chunked", "static"),
+]
+OTHERS = [
+    (family, length, name, shapes)
+    for family, lengths in FAMILIES.items()
+    for length, name in ENGINES
+    for shapes in SHAPES
+    if length in lengths and (family, length, name, shapes) not in SELECTED
+]
 
 
 def cases_of(family: str, length: int) -> list[dict[str, Any]]:
@@ -93,20 +120,15 @@ def request_of(case: dict[str, Any], **more: Any) -> tuple[dict[str, Any], Sampl
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param((family, length, name, static), id=f"{family}-{length}-{name}-{shapes}")
-        for family, lengths in FAMILIES.items()
-        for length, name in ENGINES
-        for static, shapes in ((False, "dynamic"), (True, "static"))
-        if length in lengths
-    ],
+    params=[*SELECTED, *(pytest.param(other, marks=pytest.mark.long) for other in OTHERS)],
+    ids=lambda param: "-".join(map(str, param)),
 )
 def engine(request: Any) -> Iterator[Any]:
-    family, length, name, static = request.param
+    family, length, name, shapes = request.param
     llm = serve(
         GOLDEN / family / "tiny_a",
         hf_overrides={"block_length": length, "end_think_token_id": END_OF_THINKING},
-        additional_config={"nbdiff": {"static_shapes": static}},
+        additional_config={"nbdiff": {"static_shapes": SHAPES[shapes]}},
         **ENGINES[length, name],
     )
     yield family, length, name, llm
