@@ -124,7 +124,6 @@ def make_llm() -> Callable[..., Any]:
             "enforce_eager": True,
             "max_model_len": 512,
             "disable_log_stats": False,
-            "kv_cache_memory_bytes": 1 << 27,  # all that there is would be filled with zeros
         }
         settings |= kwargs
         overrides |= settings.pop("hf_overrides", {})

@@ -5,7 +5,6 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import triton
@@ -46,18 +45,6 @@ def interpret_kernels() -> None:
                     numbers = function.do_not_specialize
                     own = InterpretedFunction(function.fn, do_not_specialize=numbers)
                     setattr(module, attribute, own)
-
-
-_patch_lang = interpreter._patch_lang
-
-
-def _patch_once(_: Any) -> Any:
-    """The patch of Triton's language for a kernel, which serves whatever that calls: a search of
-    the language for each call takes a quarter of the time of a kernel."""
-    if triton.language.range.__name__ == "_new_range":
-        return interpreter._LangPatchScope()
-    names = {"tl": triton.language, "core": triton.language.core}
-    return _patch_lang(SimpleNamespace(__globals__=names))
 
 
 Specialisations = set[tuple[Any, ...]]
