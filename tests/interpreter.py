@@ -3,7 +3,7 @@
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 _patch_lang = interpreter._patch_lang
@@ -38,6 +38,7 @@ def interpret_kernels() -> None:
     """
     triton.knobs.runtime.interpret = True
     interpreter._patch_lang = _patch_once
+    GridExecutor.__call__ = _launch
     for name, module in list(sys.modules.items()):
         if name.startswith(("triton.language", "vllm_nbdiff.kernels")):
             for attribute, function in list(vars(module).items()):
@@ -45,6 +46,24 @@ def interpret_kernels() -> None:
                     numbers = function.do_not_specialize
                     own = InterpretedFunction(function.fn, do_not_specialize=numbers)
                     setattr(module, attribute, own)
+
+
+def _with_room_for_frames(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` called from a large frame.
+
+    CPython takes memory for frames from the system 16 KiB at a time and gives it back when the
+    first of them returns, which is up to half the time of a kernel where that is a call in its
+    loops. Of what a frame of just more than 512 KiB takes as much is left for all frames behind it.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_stacksize=1 << 16)
+    return call
+
+
+_launch = _with_room_for_frames(GridExecutor.__call__)
 
 
 Specialisations = set[tuple[Any, ...]]
