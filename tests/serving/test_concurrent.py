@@ -90,7 +90,7 @@ def test_unseeded_requests_are_all_answered(server: Server) -> None:
             calls = (
                 client.completions.create(
                     model=NAME,
-                    prompt="What is 3 + 4?",
+                    prompt="<|user|>What is 3 + 4?<|assistant|>",
                     temperature=1.0,
                     max_tokens=tokens,
                     extra_body={"ignore_eos": True},
