@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Within a group, what ends the server that others share comes last.
     """
-    longest = ["servers", "tests/engine/test_warm_up.py"]
+    longest = ["servers", "tests/engine/test_families.py", "tests/engine/test_warm_up.py"]
     order = {group: place for place, group in enumerate(longest)}
 
     def place(item: pytest.Item) -> tuple[int, bool]:
@@ -54,6 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return _group(nodeid)
 
+    config.option.loadscopereorder = False  # the most tests first, however long they take
     return Groups(config, log)
 
 
