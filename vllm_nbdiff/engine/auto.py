@@ -79,7 +79,8 @@ class AutoDrafts:
             self.chooser.room = int(schedule.scheduled[own].mean())
         if auto.any():
             others = int(schedule.scheduled[schedule.decodes & ~auto].sum())
-            width = self.chooser.choose(max(int(own.sum()), 1), others)
+            # Those whose prompts are read begin canvases with this schedule.
+            width = self.chooser.choose(int(auto.sum()), others)
             options.set_draft_length(slots[auto], int(self._agree(np.array([width]))[0]))
         if self.sets_limits:
             self._set_limits(slots, self._drafting & schedule.decodes)
