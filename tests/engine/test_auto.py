@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The width that mode `auto` chooses, against clocks and acceptances made up."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,6 +43,25 @@ def serve(chosen: DraftChooser, chance: float, requests: int, drafts: int = 400)
         if width > 1:
             chosen.observe(drafted(random, requests, width, chance))
     return widths[drafts // 2 :]
+
+
+def learn(
+    chosen: DraftChooser,
+    requests: int,
+    chance: float,
+    seconds: Callable[[int], float],
+    choices: int,
+) -> list[int]:
+    """Widths chosen while forwards take `seconds` by their rows, too."""
+    random = np.random.default_rng(0)
+    widths = []
+    for _ in range(choices):
+        width = chosen.choose(requests, other_rows=0)
+        widths.append(width)
+        if width > 1:
+            chosen.observe(drafted(random, requests, width, chance))
+        chosen.cost.observe(requests * width, seconds(requests * width))
+    return widths
 
 
 def most_common(widths: list[int]) -> int:
@@ -159,14 +180,7 @@ def test_a_large_batch_of_dear_rows_soon_decodes_one_token() -> None:
     """From the first forward on, of a machine and a text that nothing is known of: 64 requests,
     whose forwards take what their rows do, half of it beside the model."""
     chosen = DraftChooser(CostModel(), max_width=32, max_forwards=16)
-    random = np.random.default_rng(0)
-    widths = []
-    for _ in range(24):
-        width = chosen.choose(64, other_rows=0)
-        widths.append(width)
-        if width > 1:
-            chosen.observe(drafted(random, 64, width, 0.8))
-        chosen.cost.observe(64 * width, 10e-3 + 1e-3 * 64 * width)
+    widths = learn(chosen, 64, 0.8, lambda rows: 10e-3 + 1e-3 * rows, choices=24)
     assert most_common(widths[12:]) == 1
 
 
@@ -184,34 +198,29 @@ def test_what_forwards_cost_is_soon_tried() -> None:
     assert widths[8:] == 22 * [1]
 
 
-def test_what_promises_too_little_is_not_tried() -> None:
-    """Where rows take their time, as forwards of 4 requests have shown, nobody expects of the
-    widest drafts of 16 requests that they pay: no forward has their 512 rows."""
+@pytest.mark.parametrize("requests", [16, 64])
+def test_what_would_lose_much_is_not_tried(requests: int) -> None:
+    """Where rows take their time, as forwards of 4 requests have shown, no wide draft of many
+    requests is run to see what its rows cost."""
 
     def seconds(rows: int) -> float:
         return 40e-3 + 3.5e-3 * rows
 
     chosen = DraftChooser(CostModel(), max_width=32, max_forwards=16)
-    random = np.random.default_rng(0)
     for rows in (64, 4, 64, 32, 128):
         chosen.cost.observe(rows, seconds(rows))
-    widths = []
-    for _ in range(30):
-        width = chosen.choose(16, other_rows=0)
-        widths.append(width)
-        if width > 1:
-            chosen.observe(drafted(random, 16, width, 0.95))
-        chosen.cost.observe(16 * width, seconds(16 * width))
-    assert 32 not in widths and most_common(widths[15:]) == 1
+    widths = learn(chosen, requests, 0.95, seconds, choices=30)
+    assert requests * max(widths) <= 256 and most_common(widths[15:]) == 1
 
 
-def test_what_is_tried_now_and_then_takes_little_time() -> None:
-    """Where the next wider draft takes 6 times as long, and does not pay."""
+def test_what_is_tried_now_and_then_loses_little_time() -> None:
+    """Where the next wider draft takes 6 times as long, and does not pay: of 32 forwards one."""
     chosen = chooser(4e-5)
-    seconds = {1: 0.0, 8: 0.0}
-    for width in serve(chosen, 0.9, 64, drafts=4000):
-        seconds[width] += chosen.cost.seconds(64 * width)
-    assert 0 < seconds[8] < 0.04 * seconds[1]
+    widths = serve(chosen, 0.9, 64, drafts=4000)
+    assert set(widths) == {1, 8}
+    narrow, wide = (chosen.speed(width, 64, 64 * width) for width in (1, 8))
+    lost = widths.count(8) * chosen.cost.seconds(64 * 8) * (1 - wide / narrow)
+    assert lost < 1.2 / 32 * widths.count(1) * chosen.cost.seconds(64)
 
 
 def test_schedules_that_end_with_a_request_want_more_tokens_a_forward() -> None:

@@ -24,9 +24,9 @@ _MEMORY = 0.98  # weight of what was known when drafts are verified, or a schedu
 _GUESS, _DOUBT = 0.9, 0.1
 _DOUBT_ROUNDS = 10  # that outweigh what a width gave in place of what was expected of it
 _HYSTERESIS = 1.05
-_PROBE_EVERY = 32
-# Of the speed of the present width: less is not tried, now and then or for what its rows cost.
-_HOPELESS, _UNPROMISING = 0.25, 0.65
+# Choices between tries, for each forward that one loses; forwards that one may lose for what its
+# rows cost.
+_PROBE_EVERY, _MOST_LOST = 32, 1.0
 
 
 class Verified(NamedTuple):
@@ -195,25 +195,22 @@ class DraftChooser:
 
     def _probe(self, rows: dict[int, int], speed: dict[int, float]) -> int | None:
         """A width to try: what is never tried is never known to have become better."""
-        hopeful = _HOPELESS * speed[self.width]
+        now, seconds = self.width, {w: self.cost.seconds(rows[w]) for w in self.widths}
+        # By each width, in forwards of the present one.
+        lost = {w: seconds[w] / seconds[now] * (1 - speed[w] / speed[now]) for w in self.widths}
         # By turns the two next to it.
-        beside = self.widths.index(self.width) + (1 if self._turn % 2 else -1)
+        beside = self.widths.index(now) + (1 if self._turn % 2 else -1)
         probe = self.widths[min(max(beside, 0), len(self.widths) - 1)]
-        # The longer it takes, the more seldom.
-        longer = self.cost.seconds(rows[probe]) / self.cost.seconds(rows[self.width])
         self._waited += 1
-        if self._waited >= _PROBE_EVERY * max(longer, 1):
+        if self._waited >= _PROBE_EVERY * max(lost[probe], 1):
             self._waited, self._turn = 0, self._turn + 1
-            return probe if speed[probe] > hopeful else None
+            return probe
         # What forwards of so many rows cost is only guessed: one of each is seen soon.
-        promising = (
-            width for width in self.widths if speed[width] > _UNPROMISING * speed[self.width]
-        )
-        unknown = {width: self.cost.unknown(rows[width]) for width in promising}
-        new = [width for width, count in unknown.items() if count not in self._probed]
+        cheap = {w: self.cost.unknown(rows[w]) for w in self.widths if lost[w] < _MOST_LOST}
+        new = [width for width, count in cheap.items() if count not in self._probed]
         if self._waited % 2 or not new:
             return None
-        self._probed.add(unknown[new[0]])
+        self._probed.add(cheap[new[0]])
         return new[0]
 
     def limits(self, width: int, num_requests: int, rows: int) -> Limits:
