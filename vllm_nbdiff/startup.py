@@ -215,8 +215,9 @@ def _refuse_on_cuda(vllm_config: Any, config: BlockDiffusionConfig) -> None:
 def _limit_cpu_kv_cache(vllm_config: Any) -> None:
     """Give the KV cache a bounded share of free memory unless the user sized it.
 
-    vLLM's default claims 92 % of all host memory and refuses to start when it is not free; what is
-    claimed is zeroed, a second or more a GiB.
+    vLLM's default claims 92 % of all host memory and refuses to start when it is not free. What is
+    claimed is zeroed, which takes seconds, so it is no more than all sequences of a server need,
+    or a few dozen: beside fewer the rest keeps prefixes.
     """
     from vllm.utils.cpu_resource_utils import get_memory_node_info
 
@@ -238,8 +239,9 @@ def _limit_cpu_kv_cache(vllm_config: Any) -> None:
     )
     one_sequence = token_bytes * (model.max_model_len + 256)
     share = get_memory_node_info().available_memory // (4 * parallel.tensor_parallel_size)
-    all_sequences = one_sequence * vllm_config.scheduler_config.max_num_seqs
-    cache.kv_cache_memory_bytes = max(one_sequence, min(4 << 30, share, all_sequences))
+    sequences = max(vllm_config.scheduler_config.max_num_seqs, 32)
+    most = min(4 << 30, share, sequences * one_sequence)
+    cache.kv_cache_memory_bytes = max(one_sequence, most)
 
 
 def _select_cuda_attention(vllm_config: Any) -> None:

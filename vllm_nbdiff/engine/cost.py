@@ -75,10 +75,9 @@ class CostModel:
             if not self._known[place]:
                 after = bisect_left(known, place)
                 near = known[max(after - 1, 0)]
-                self._seconds[place] = self._seconds[near] * (rows / _ROWS[near]) ** growths[after]
-                if place > last:
-                    straight = seconds[-1] + each * (rows - _ROWS[last])
-                    self._seconds[place] = max(self._seconds[place], straight)
+                least = seconds[-1] + each * (rows - _ROWS[last]) if place > last else 0.0
+                guess = self._seconds[near] * (rows / _ROWS[near]) ** growths[after]
+                self._seconds[place] = max(guess, least)
 
     def unknown(self, rows: int) -> int | None:
         """The count of `_ROWS` next to `rows`, unless forwards of that many were seen."""
