@@ -12,9 +12,9 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.conftest import options, tokens_of
 from tests.engine.conftest import plugins_attention
+from tests.engine.structured import COMPACT, NANO
+from tests.engine.structured import MASK as NANO_MASK
 from tests.engine.test_golden import request_of
-from tests.engine.test_grammars import COMPACT, NANO
-from tests.engine.test_grammars import MASK as NANO_MASK
 from tests.engine.test_static_shapes import every_request, generate
 from tests.interpreter import interpret_kernels
 

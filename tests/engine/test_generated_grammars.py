@@ -13,7 +13,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from tests.conftest import tokens_of
 from tests.engine.grammar_cases import is_valid, random_constraint
-from tests.engine.test_grammars import (
+from tests.engine.structured import (
     DIFFUSION,
     LOSSLESS,
     MASK,

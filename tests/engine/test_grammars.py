@@ -3,41 +3,31 @@
 
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import Request
 
 from benchmarks.nano import SCHEMA
-from tests.conftest import counter, in_process, options, tokens_of
+from tests.conftest import counter, tokens_of
 from tests.engine.grammar_cases import is_valid, random_constraint
-from vllm_nbdiff.adapt import problems
+from tests.engine.structured import (
+    COMPACT,
+    DIFFUSION,
+    LOSSLESS,
+    MASK,
+    NANO,
+    PROMPTS,
+    endings,
+    generate,
+    params,
+    settings,
+    stock_endings,
+)
 from vllm_nbdiff.engine.grammars import Matcher
 
-NANO = Path(__file__).parents[2] / "examples" / "nbdiff-nano"
-MASK = 2
-PROMPTS = [f"<|user|>{problem.prompt}<|assistant|>" for problem in problems.held_out(24)]
-LOSSLESS = [
-    options(mode="ar"),
-    options(mode="verify"),
-    options(mode="verify", draft_length=6, draft_steps=3),
-    options(mode="verify", draft_length=8, fused_commit=1),
-    options(mode="auto"),
-]
-DIFFUSION = [
-    {},
-    options(threshold=0.3, small_blocks=1),
-    options(algorithm="entropy", block_length=8, small_blocks=1),
-    options(block_cache=1),
-    {"diffusion_max_steps": 3},
-    options(algorithm="margin", fused_commit=1),
-]
-# Without it this model writes line breaks for ever.
-COMPACT = {"backend": "xgrammar", "disable_any_whitespace": True}
 ENGINES: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 64},
     "preempted": {"max_model_len": 352, "num_gpu_blocks_override": 14, "block_size": 32},
@@ -49,27 +39,12 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(**more: Any) -> dict[str, Any]:
-    common = {"skip_tokenizer_init": False, "structured_outputs_config": COMPACT}
-    return common | {"kv_cache_memory_bytes": 1 << 27} | more
-
-
 def start(name: str, make_llm: Any, make_async_llm: Any) -> Any:
     make = make_async_llm if name.startswith("async") else make_llm
     return make(NANO, block_length=32, mask=MASK, **settings(**ENGINES[name]))
 
 
 CONSTRAINTS = [random_constraint(Random(seed)) for seed in range(24)]
-
-
-def params(constraint: dict[str, Any] | None, **more: Any) -> SamplingParams:
-    wanted = None if constraint is None else StructuredOutputsParams(**constraint)
-    return SamplingParams(structured_outputs=wanted, **{"temperature": 0, "max_tokens": 60} | more)
-
-
-def generate(llm: Any, requests: list[tuple[str, SamplingParams]]) -> list[Any]:
-    prompts, own = zip(*requests, strict=True)
-    return llm.generate(list(prompts), [one.clone() for one in own], use_tqdm=False)
 
 
 # Beside a grammar; greedy.
@@ -90,42 +65,11 @@ def greedy_requests() -> list[tuple[str, SamplingParams]]:
     ]
 
 
-def stock_endings(requests: list[tuple[str, SamplingParams]], **config: Any) -> list[Any]:
-    """What stock vLLM gives, decoding the same weights autoregressively, with this configuration
-    of structured output."""
-    from vllm import LLM
-
-    with in_process():
-        llm = LLM(
-            model=str(NANO),
-            hf_overrides={"architectures": ["LlamaForCausalLM"]},
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=512,
-            **settings(structured_outputs_config=config),
-        )
-    for _, own in requests:
-        own.allowed_token_ids = [token for token in range(616) if token != MASK]
-    found = endings(generate(llm, requests))
-    del llm
-    # Where nothing is left, stock vLLM takes token 0, and its matcher's refusal is an error.
-    return [("abort", []) if end == ("error", []) else end for end in found]
-
-
 @pytest.fixture(scope="module")
 def stock_texts() -> dict[str, list[Any]]:
     """Of stock vLLM for `greedy_requests`."""
     backends = ("xgrammar", "guidance")
     return {b: stock_endings(greedy_requests(), **{**COMPACT, "backend": b}) for b in backends}
-
-
-def endings(outputs: list[Any]) -> list[Any]:
-    """Tokens and how they ended; of what did not end by itself no tokens are kept."""
-    ends = [output.outputs[0] for output in outputs]
-    return [
-        (end.finish_reason, list(end.token_ids) if end.finish_reason in ("stop", "length") else [])
-        for end in ends
-    ]
 
 
 @pytest.fixture(scope="module", params=ENGINES)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.test_grammars import DIFFUSION, LOSSLESS, MASK, NANO, params, settings
+from tests.engine.structured import DIFFUSION, LOSSLESS, MASK, NANO, params, settings
 
 PROMPT = "<|user|>Ben has 5 shells.<|assistant|>"
 

@@ -15,7 +15,7 @@ from vllm.parser.engine.parser_engine import ReasoningEnd
 from tests import reasoning_parser
 from tests.conftest import counter, options, tokens_of
 from tests.engine.grammar_cases import is_valid
-from tests.engine.test_grammars import (
+from tests.engine.structured import (
     DIFFUSION,
     LOSSLESS,
     MASK,
