@@ -28,6 +28,17 @@ def test_more_rows_than_were_seen_cost_what_the_last_ones_did() -> None:
     assert cost.seconds(1024) == pytest.approx(0.1 + 4e-3 * 1024, rel=0.05)
 
 
+@pytest.mark.parametrize("held_up", [16, 64, 256])
+def test_a_first_forward_that_was_held_up_is_soon_forgotten(held_up: int) -> None:
+    """By a page fault, or by others on the machine."""
+    cost = CostModel()
+    for turn in range(10):
+        for rows in (16, 64, 256):
+            cost.observe(rows, 5e-5 * rows * (3 if rows == held_up and not turn else 1))
+    for rows in (16, 64, 256):
+        assert cost.seconds(rows) == pytest.approx(5e-5 * rows, rel=0.2)
+
+
 def test_cost_follows_what_forwards_take() -> None:
     cost = CostModel()
     for rows in 20 * (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048):

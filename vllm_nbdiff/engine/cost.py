@@ -13,15 +13,17 @@ _ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 # Beyond the counts of rows that were seen, time is taken to grow with rows to this power at least.
 _GROWTH = 0.5
 _NEAR = 0.5  # share of a forward's rows by which it says what that count of `_ROWS` costs
-_SPEED, _SHAPE = 0.2, 0.02  # weight of a forward in the machine's speed, in the cost by rows
+# Weight of a forward in the machine's speed, in full behind so many, and, at least, in the cost by
+# rows.
+_SPEED, _FIRST, _SHAPE = 0.2, 16, 0.03
 
 
 class CostModel:
     """Seconds of a forward by its number of rows, linear between the counts of `_ROWS`.
 
-    Learned from forwards that are run anyway. A count of rows that is seen for the first times says
-    how long such a forward takes; later how fast the machine is at the moment, which is all that a
-    busy one changes, is learned quickly and what rows cost slowly.
+    Learned from forwards that are run anyway. What a count of rows costs is the mean of the first
+    ones, as any of them may have been held up; later how fast the machine is at the moment, which
+    is all that a busy one changes, is learned quickly and what rows cost slowly.
     """
 
     def __init__(self) -> None:
@@ -45,14 +47,14 @@ class CostModel:
         span = max(_ROWS[above] - _ROWS[below], 1)
         share = min(max((rows - _ROWS[below]) / span, 0), 1)
         known = min(self._seen[above if share > 0.5 else below], 1 / _SHAPE)
-        speed = _SPEED * min(known / 4, 1)
+        speed = _SPEED * min(known / _FIRST, 1)
         self.slowness *= error**speed
         error **= 1 - speed
         for place, weight in ((above, share), (below, 1 - share)):
             count = self._seen[place]
-            self._seconds[place] *= error ** (max(_SHAPE, 1 / (1 + count) ** 2) * weight)
+            self._seconds[place] *= error ** (max(_SHAPE, 1 / (1 + count)) * weight)
             self._seen[place] += weight
-            if weight >= _NEAR and not self._known[place]:
+            if weight >= _NEAR and count < _FIRST:
                 self._known[place] = True
                 self._guess_others()
         self._set(self._seconds)
