@@ -7,6 +7,7 @@ scheduler beside the sampled tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -95,17 +96,17 @@ class Tally:
 
     def columns(self, decodes: Tensor) -> Tensor:
         """`CountedOutput.counts` of requests of which those of `decodes` [B] bool have canvases."""
-        rows = torch.stack([lengths.sum(1) for lengths in self._rows])
+        rows = _stacked([lengths.sum(1) for lengths in self._rows])
         none = torch.zeros_like(rows[0])
         guesses, hits = self._sums(self._guesses, none)
         drafted, accepted = self._drafts(none)
         fan_outs, fan_hits = self._sums(self._fan_outs, none)
         counts = Counts(
             forwards=decodes * len(rows),
-            rows=rows.sum(0),
+            rows=_summed(rows),
             guesses=guesses,
             hits=hits,
-            singles=((rows == 1) & decodes).sum(0),
+            singles=_summed((rows == 1) & decodes),
             drafted=drafted,
             accepted=accepted,
             fan_outs=fan_outs,
@@ -119,16 +120,26 @@ class Tally:
         """[B] int64 each: tokens of verified drafts, behind their seeds, and those that held."""
         if not self._texts:
             return [none, none]
-        read, held = (torch.stack(lengths) for lengths in zip(*self._texts, strict=True))
+        read, held = (_stacked(lengths) for lengths in zip(*self._texts, strict=True))
         drafted = self._verifies & (read > 0)
-        return [torch.where(drafted, lengths - 1, 0).sum(0) for lengths in (read, held)]
+        return [_summed(torch.where(drafted, lengths - 1, 0)) for lengths in (read, held)]
 
     @staticmethod
     def _sums(pairs: list[tuple[Tensor, Tensor]], none: Tensor) -> tuple[Tensor, Tensor]:
         if not pairs:
             return none, none
-        one, other = zip(*pairs, strict=True)
-        return torch.stack(one).sum(0), torch.stack(other).sum(0)
+        one, other = (_summed(_stacked(values)) for values in zip(*pairs, strict=True))
+        return one, other
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """[n, B] of n tensors [B]; of one nothing is copied."""
+    return values[0][None] if len(values) == 1 else torch.stack(list(values))
+
+
+def _summed(values: Tensor) -> Tensor:
+    """[B] int64 of [n, B]; of one row nothing is added."""
+    return values[0].long() if len(values) == 1 else values.sum(0)
 
 
 def count_nans(logits: Tensor, owner: Tensor, num_reqs: int) -> Tensor:

@@ -48,7 +48,7 @@ class Decoder:
         self.schedule = schedule
         count, device = len(schedule.slots), self.table.tokens.device
         most = int(schedule.scheduled[schedule.decodes].max(initial=1))
-        self._options = self.options.read(schedule.batch.slot)
+        self._options = self.options.read(schedule.slots, schedule.batch.slot)
         self.emitted, self.tally = Emitted(count, most, device), Tally(self._options.verifies)
         self._state = self.table.read(schedule.batch.slot)
         self.sampler.logprobs.begin(schedule, self._first_emitted)

@@ -65,7 +65,9 @@ class OptionTable:
         self._shared = device.type == "cpu"
         self._changed: set[int] = set()
         self.num_changes = 0
-        """How often options were set: what was read before that many is as it was."""
+        """How often options were set that a batch's facts follow from."""
+        self._read: tuple[tuple[bytes, int] | None, Options | None] = None, None
+        self._version = 0  # of what `read` reads
         self._rng = np.random.default_rng(seed)
 
     def _fill_padding(self, num_slots: int) -> None:
@@ -121,9 +123,14 @@ class OptionTable:
         for name, value in row.items():
             self.host[name][slot] = value
         self.is_auto[slot] = options.mode == "auto"
-        self._changed.add(slot)
+        self._note([slot])
         self.num_changes += 1
         return options
+
+    def _note(self, slots: list[int]) -> None:
+        """Options of `slots` were set on the host."""
+        self._changed.update(slots)
+        self._version += self._shared
 
     def _strict(self, threshold: float) -> np.float32:
         """The number that a probability has to exceed, where the family's rules let it be equal:
@@ -138,18 +145,25 @@ class OptionTable:
         if len(slots):
             self.host["block_length"][slots] = length
             self.host["sub_block_length"][slots] = length
-            self._changed.update(slots.tolist())
+            self._note(slots.tolist())
             self.num_changes += 1
 
     def set_limits(self, slots: np.ndarray, chance: float, survival: float) -> None:
         """Draft for break points that are at least so likely, and verify columns that are."""
         self.host["least_chance"][slots] = chance
         self.host["least_survival"][slots] = survival
-        self._changed.update(slots.tolist())
+        self._note(slots.tolist())
 
-    def read(self, slot: Tensor) -> Options:
-        """Options of the requests in `slot` [B], as `upload` left them."""
-        return Options(*(column for table in self._device for column in table[slot].unbind(1)))
+    def read(self, slots: np.ndarray, slot: Tensor) -> Options:
+        """Options of the requests in `slots` [B] int64, on the device `slot`, as `upload` left
+        them; most batches are the one before."""
+        key = slots.tobytes(), self._version
+        known, options = self._read
+        if options is None or known != key:
+            rows = (table[slot].unbind(1) for table in self._device)
+            options = Options(*(column for columns in rows for column in columns))
+            self._read = key, options
+        return options
 
     def upload(self) -> None:
         """Bring what changed to the device, in a copy for each type of number."""
@@ -158,4 +172,5 @@ class OptionTable:
             index = async_tensor_h2d(slots, device=self._device[0].device)
             for here, there in zip(self._host, self._device, strict=True):
                 there[index] = async_tensor_h2d(here[slots], device=there.device)
+            self._version += 1
         self._changed.clear()
