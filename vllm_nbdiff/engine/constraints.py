@@ -170,6 +170,9 @@ class ConstraintTable:
         another word, so it is looked at until nothing changes: after so many times as columns.
         """
         facts = schedule.facts
+        own = (self._by_slot.get(slot) for slot in schedule.slots.tolist())
+        if not any(constraints is not None and constraints.bad_words for constraints in own):
+            return accepted
         for _ in range(accepted.shape[1] if facts.edits else 1):
             before = accepted.clone()
             accepted = self._undo_once(accepted, plan, proposal, schedule)

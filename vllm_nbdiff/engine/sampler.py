@@ -133,7 +133,7 @@ class RowSampler:
     def _texts(self, plan: Plan, packed: Packed) -> Tensor | None:
         """[n] bool: whether a row is not for a canvas position; None: each is for one."""
         end, count = plan.end_of_fill, plan.rows.needed.shape[1]
-        if packed.valid is None and end >= count:
+        if end >= count:  # what lies behind is padding
             return packed.place < plan.num_next if plan.num_next else None
         return (packed.place < plan.num_next) | (packed.place >= end)
 
