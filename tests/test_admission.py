@@ -195,6 +195,7 @@ def test_limits_of_bad_words_are_the_operators(monkeypatch: pytest.MonkeyPatch) 
         {"max_pattern_size": 1 << 63, "min_count": 2},
         {"max_pattern_size": 257, "min_count": 2},
         {"max_pattern_size": 8, "min_count": 1 << 63},
+        {"max_pattern_size": 256, "min_count": 9},
     ],
 )
 def test_repetition_detection_is_bounded(arguments: dict[str, Any]) -> None:

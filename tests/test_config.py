@@ -148,6 +148,19 @@ def test_generation_config_defaults(checkpoint: Path, tmp_path: Path) -> None:
     assert BlockDiffusionConfig.from_vllm_config(without).defaults.threshold == 0.9
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "threshold"),
+    [("confidence", 0.7), ("entropy_bound", 0.1), ("factor", 1), ("freedave", 1)],
+)
+def test_a_checkpoints_threshold_is_of_its_own_algorithm(
+    checkpoint: Path, tmp_path: Path, algorithm: str, threshold: float
+) -> None:
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(json.dumps({"nbdiff_threshold": 0.7}))
+    chosen = start(tmp_path, additional_config={"nbdiff": {"algorithm": algorithm}})
+    assert BlockDiffusionConfig.from_vllm_config(chosen).defaults.threshold == threshold
+
+
 def test_max_num_seqs_leaves_room_for_every_canvas(checkpoint: Path) -> None:
     vllm_config = start(checkpoint, max_num_batched_tokens=128, max_num_seqs=64)
     assert vllm_config.scheduler_config.max_num_seqs == 4
@@ -207,6 +220,8 @@ def test_bad_checkpoint(checkpoint: Path, overrides: dict[str, Any], message: st
             "max_steps_per_schedule must be a positive integer",
         ),
         ({"max_num_batched_tokens": 16, "max_num_seqs": 1}, "must hold one whole block"),
+        ({"max_num_scheduled_tokens": 16}, "--max-num-scheduled-tokens .16. must hold one whole"),
+        ({"kv_offloading_size": 1}, "--kv-offloading-size is not supported"),
         ({"long_prefill_token_threshold": 16}, "--long-prefill-token-threshold"),
         ({"additional_config": {"nbdiff": {"max_drafts": -1}}}, "max_drafts must be an integer"),
         ({"additional_config": {"nbdiff": {"max_drafts": True}}}, "max_drafts must be an integer"),

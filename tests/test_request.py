@@ -54,6 +54,17 @@ def test_options_that_change_nothing_are_refused(mode: str, key: str) -> None:
         parse_options({"nbdiff_mode": mode, key: 1}, config())
 
 
+@pytest.mark.parametrize("option", [{"nbdiff_threshold": 0.5}, {"nbdiff_algorithm": "entropy"}])
+def test_one_step_drafts_by_no_rule(option: dict[str, Any]) -> None:
+    """The whole draft, whatever is likely."""
+    verify = {"nbdiff_mode": "verify"}
+    for steps in ({}, {"nbdiff_draft_steps": 1}):
+        with pytest.raises(ValueError, match="mode=verify with nbdiff_draft_steps 1"):
+            parse_options(verify | steps | option, config())
+    several = parse_options(verify | option | {"nbdiff_draft_steps": 2}, config())
+    assert several.verify_steps == 2
+
+
 def test_thresholds_belong_to_their_rule() -> None:
     def threshold(algorithm: str, **extra: float) -> float | None:
         options = parse_options({"nbdiff_algorithm": algorithm, **extra}, config())
@@ -145,8 +156,15 @@ def test_draft_steps_of_a_mode_do_not_leak_into_the_other() -> None:
 
 
 def test_keys_that_vllm_reads_pass() -> None:
-    for key in ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"):
-        assert parse_options({key: {}}, config()) == config().defaults
+    """Of the type that it takes unseen."""
+    kinds: dict[str, Any] = {"kv_transfer_params": {}, "ec_transfer_params": {"a": 1}}
+    kinds |= {"kv_cache_report_mode": "full", "session_id": "abc"}
+    for key, value in kinds.items():
+        for given in (value, None):
+            assert parse_options({key: given}, config()) == config().defaults
+        for wrong in (["a"], 1):
+            with pytest.raises(ValueError, match=f"{key} must be a"):
+                parse_options({key: wrong}, config())
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from vllm_nbdiff.limits import (
     MAX_LOGPROB_TOKEN_IDS,
     MAX_LOGPROBS,
     MAX_PATTERN_SIZE,
+    MAX_REPEATED_TOKENS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     MIN_TOP_P,
@@ -179,6 +180,11 @@ def _check_numbers(params: SamplingParams, config: BlockDiffusionConfig) -> None
                 refuse("repetition_detection", f"must have pattern sizes of at most {sizes.high}")
         if not Range(0, INT32_MAX, whole=True).holds(repetition.min_count):
             refuse("repetition_detection", f"must have a min_count of at most {INT32_MAX}")
+        if repetition.min_count * repetition.max_pattern_size > MAX_REPEATED_TOKENS:
+            refuse(
+                "repetition_detection",
+                f"must have a min_count times max_pattern_size of at most {MAX_REPEATED_TOKENS}",
+            )
 
 
 def _check_token_lists(params: SamplingParams, config: BlockDiffusionConfig) -> None:

@@ -148,7 +148,11 @@ def _request_defaults(
     values = {k[len("nbdiff_") :]: v for k, v in generation.items() if k.startswith("nbdiff_")}
     if unknown := sorted(set(values) - request_names):
         raise ValueError(f"generation_config.json: unknown key nbdiff_{unknown[0]}")
-    values.update({k: v for k, v in user.items() if k in request_names})
+    own = {k: v for k, v in user.items() if k in request_names}
+    algorithm = values.get("algorithm", family.algorithms[0])
+    if own.get("algorithm", algorithm) != algorithm:
+        values.pop("threshold", None)  # the checkpoint's is of its own algorithm
+    values.update(own)
     canvas = vllm_config.diffusion_config
     if canvas is not None and canvas.max_denoising_steps is not None:
         values.setdefault("max_steps", canvas.max_denoising_steps)

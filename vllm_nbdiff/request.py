@@ -30,8 +30,15 @@ if TYPE_CHECKING:
 MAX_STEPS = 1 << 16
 MAX_THRESHOLD = 1e6
 
-# What vLLM itself reads of a request's `extra_args` (vllm/v1/request.py).
-_KEYS_OF_VLLM = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")
+# What vLLM itself reads of a request's `extra_args` (vllm/v1/request.py) and `vllm_xargs`
+# (vllm/entrypoints/generate/base/serving.py), and the type that it takes unseen.
+_KEYS_OF_VLLM = {
+    "kv_transfer_params": dict,
+    "ec_transfer_params": dict,
+    "kv_cache_report_mode": str,
+    "session_id": str,
+}
+_NAMES = {dict: "an object", str: "a string"}
 
 _OF_DIFFUSION = {"small_blocks", "block_length", "max_steps", "block_cache"}
 _OF_VERIFY = {"draft_length", "draft_steps", "fan_out"}
@@ -98,6 +105,9 @@ def parse_options(
             values[name] = value
         elif key not in _KEYS_OF_VLLM:
             raise _unknown(str(key))
+        elif value is not None and not isinstance(value, wanted := _KEYS_OF_VLLM[key]):
+            got = reprlib.repr(value)
+            raise OptionError(key, f"{key} must be {_NAMES[wanted]}, got {got}")
     if not values:
         return config.defaults
     options = replace(_unresolved(config, values), **values)
@@ -105,9 +115,14 @@ def parse_options(
     inapplicable = INAPPLICABLE[mode]
     if options.algorithm == FREEDAVE:
         inapplicable = inapplicable - {"draft_steps"}
+    where = f"nbdiff_mode={mode}"
+    if mode == "verify" and options.verify_steps == 1:
+        # A single step fills the whole draft.
+        inapplicable = inapplicable | {"algorithm", "threshold"}
+        where += " with nbdiff_draft_steps 1"
     for key, name in OPTION_KEYS.items():
         if name in values and name in inapplicable:
-            raise OptionError(key, f"{key} does not apply to nbdiff_mode={mode}")
+            raise OptionError(key, f"{key} does not apply to {where}")
         if name in values and name in inapplicable_to(options.algorithm):
             raise OptionError(key, f"{key} does not apply to nbdiff_algorithm={options.algorithm}")
     return options.resolved()

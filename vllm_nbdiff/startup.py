@@ -84,11 +84,13 @@ def _fit_blocks(scheduler: SchedulerConfig, block_length: int, rows: int) -> Non
     schedule; lowers `max_num_seqs`."""
     from vllm.logger import init_logger
 
-    if scheduler.max_num_batched_tokens < block_length:
-        raise ValueError(
-            f"--max-num-batched-tokens ({scheduler.max_num_batched_tokens}) must hold one "
-            f"whole block (block_length={block_length})"
-        )
+    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        most = getattr(scheduler, name)
+        if most is not None and most < block_length:
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} ({most}) must hold one whole block (block_length={block_length})"
+            )
     if 0 < scheduler.long_prefill_token_threshold < block_length:
         raise ValueError(
             f"--long-prefill-token-threshold ({scheduler.long_prefill_token_threshold}) would "
@@ -154,6 +156,8 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
         # It admits requests by itself, without our checks.
         "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND,
         "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
+        # Of a request that has ended it keeps pages whose KV is not final.
+        "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size is not None,
     }
     for flag, used in reasons.items():
         if used:

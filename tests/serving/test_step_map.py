@@ -102,3 +102,18 @@ def test_other_endpoints_refuse_it(client: openai.OpenAI, path: str, body: Any) 
     body = body | {"model": "nano", "vllm_xargs": {"nbdiff_step_map": 1}}
     with pytest.raises(openai.BadRequestError, match="nbdiff_step_map"):
         client.post(path, body=body, cast_to=object)
+
+
+@pytest.mark.parametrize("xargs", [{}, {"vllm_xargs": {}}, {"vllm_xargs": {"nbdiff_mode": "ar"}}])
+def test_a_batch_of_chats_without_it(client: openai.OpenAI, xargs: dict[str, Any]) -> None:
+    chats = [[{"role": "user", "content": text}] for text in ("Hello", "What is 2 + 2?")]
+    body = {"model": "nano", "messages": chats, "max_tokens": 4} | xargs
+    answer: Any = client.post("/chat/completions/batch", body=body, cast_to=object)
+    assert [choice["message"]["role"] for choice in answer["choices"]] == ["assistant"] * 2
+
+
+def test_options_of_a_batch_that_are_no_object(client: openai.OpenAI) -> None:
+    chat = [[{"role": "user", "content": "Hello"}]]
+    body = {"model": "nano", "messages": chat, "max_tokens": 4, "vllm_xargs": "x"}
+    with pytest.raises(openai.BadRequestError, match="vllm_xargs must be an object"):
+        client.post("/chat/completions/batch", body=body, cast_to=object)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import reprlib
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -112,15 +113,22 @@ def _refuse_elsewhere() -> None:
     Upstream: `OpenAIServingResponses.create_responses`
     (vllm/entrypoints/openai/responses/serving.py), `AnthropicServingMessages.create_messages`
     (vllm/entrypoints/anthropic/serving.py), `OpenAIServingChatBatch.create_batch_chat_completion`
-    (vllm/entrypoints/openai/chat_completion/batch_serving.py).
+    (vllm/entrypoints/openai/chat_completion/batch_serving.py), `ServingTokens.serve_tokens`
+    (vllm/entrypoints/scale_out/token_in_token_out/serving.py).
     """
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 
     def check(original: Callable[..., Any]) -> Callable[..., Any]:
         async def checked(self: Any, request: Any, *args: Any, **more: Any) -> Any:
-            if (request.vllm_xargs or {}).get(_OPTION):
+            # A batch of chats has the field only where a client sends it, of any type.
+            given = getattr(request, "vllm_xargs", None)
+            if given is not None and not isinstance(given, dict):
+                refuse("vllm_xargs", f"must be an object, got {reprlib.repr(given)}")
+            params = getattr(request, "sampling_params", None)
+            if (given or getattr(params, "extra_args", None) or {}).get(_OPTION):
                 refuse(_OPTION, "is answered by /v1/chat/completions and /v1/completions only")
             return await original(self, request, *args, **more)
 
@@ -129,6 +137,7 @@ def _refuse_elsewhere() -> None:
     patch(OpenAIServingResponses, "create_responses", check)
     patch(AnthropicServingMessages, "create_messages", check)
     patch(OpenAIServingChatBatch, "create_batch_chat_completion", check)
+    patch(ServingTokens, "serve_tokens", check)
 
 
 def _with_step_maps(response: Any, results: list[Any]) -> Any:
