@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.config import StructuredOutputsConfig, VllmConfig
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -67,6 +68,16 @@ def test_streaming_patch_is_needed(input_processor: InputProcessor, name: str) -
     with pytest.raises(VLLMValidationError, match=name):
         AsyncLLM.__dict__["generate"](engine, *arguments, **options)
     AsyncLLM.__dict__["generate"](engine, RENDERED, SamplingParams(), "0", priority=0)
+
+
+def test_streaming_patch_of_responses_is_needed(input_processor: InputProcessor) -> None:
+    serving = SimpleNamespace(engine_client=SimpleNamespace(input_processor=input_processor))
+    name, arguments = "_generate_with_builtin_tools", ("0", RENDERED, LATE["stop_token_ids"][0])
+    stock(OpenAIServingResponses, name)(serving, *arguments, context=None)
+    respond = OpenAIServingResponses.__dict__[name]
+    with pytest.raises(VLLMValidationError, match="stop_token_ids"):
+        respond(serving, *arguments, context=None)
+    respond(serving, "0", RENDERED, SamplingParams(), context=None, priority=0)
 
 
 def tokenizer(encode: Any) -> SimpleNamespace:

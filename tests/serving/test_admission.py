@@ -53,6 +53,19 @@ def test_hostile_values_are_refused_by_name(client: openai.OpenAI, what: str, st
     assert complete(client, temperature=0, ignore_eos=True).usage.completion_tokens == 5
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("what", ["steps", "stop ids"])
+def test_responses_are_refused_before_they_begin(
+    client: openai.OpenAI, what: str, stream: bool
+) -> None:
+    body, named = HOSTILE[what]
+    with pytest.raises(openai.BadRequestError, match=named):
+        client.responses.create(model=NAME, input="Hello", stream=stream, extra_body=body)
+    if stream:
+        events = client.responses.create(model=NAME, input="Hello", stream=True)
+        assert [event.type for event in events][-1] == "response.completed"
+
+
 @pytest.mark.parametrize("what", HARMLESS)
 def test_values_without_effect_are_served(client: openai.OpenAI, what: str) -> None:
     assert complete(client, **HARMLESS[what]).usage.completion_tokens > 0

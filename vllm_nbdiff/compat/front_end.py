@@ -89,26 +89,42 @@ def validate_before_streaming() -> None:
 
     Once more than vLLM does: `generate` would take what comes out of it, but deprecates that.
 
-    Symptom: a refused streaming request is answered HTTP 200, with the error as an event in it.
-    Upstream: `AsyncLLM.generate`, an async generator (vllm/v1/engine/async_llm.py).
+    Symptom: a refused streaming request is answered HTTP 200, with the error as an event in it, or
+    by a stream that breaks off.
+    Upstream: `AsyncLLM.generate` (vllm/v1/engine/async_llm.py) and
+    `OpenAIServingResponses._generate_with_builtin_tools`
+    (vllm/entrypoints/openai/responses/serving.py), which calls it; both are async generators.
     Remove when vLLM validates a request before it starts to stream.
     """
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    def check(processor: Any, prompt: Any, params: Any, request_id: str, given: Any) -> None:
+        if _is_rendered(prompt) and is_block_diffusion(processor.vllm_config):
+            known = {name: given[name] for name in _OF_INPUTS & given.keys()}
+            processor.process_inputs(request_id, prompt, params, ("generate",), **known)
 
     def generate(original: Callable[..., Any]) -> Callable[..., Any]:
         def checked(
             self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
         ) -> Any:
-            if _is_rendered(prompt) and is_block_diffusion(self.vllm_config):
-                known = {name: kwargs[name] for name in _OF_INPUTS & kwargs.keys()}
-                self.input_processor.process_inputs(
-                    request_id, prompt, sampling_params, ("generate",), **known
-                )
+            check(self.input_processor, prompt, sampling_params, request_id, kwargs)
             return original(self, prompt, sampling_params, request_id, **kwargs)
 
         return checked
 
+    def respond(original: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(
+            self: Any, request_id: str, engine_input: Any, sampling_params: Any, **kwargs: Any
+        ) -> Any:
+            processor = self.engine_client.input_processor
+            check(processor, engine_input, sampling_params, request_id, kwargs)
+            return original(self, request_id, engine_input, sampling_params, **kwargs)
+
+        return checked
+
     patch(AsyncLLM, "generate", generate)
+    patch(OpenAIServingResponses, "_generate_with_builtin_tools", respond)
 
 
 def name_grammars() -> None:
