@@ -19,7 +19,7 @@ from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
 import vllm_nbdiff
-from vllm_nbdiff.compat import GrammarCompiler, name_for_workers
+from vllm_nbdiff.compat import GrammarCompiler, name_for_workers, share_compiler
 from vllm_nbdiff.engine.matcher import Matcher
 
 NANO = Path(__file__).parents[2] / "examples" / "nbdiff-nano"
@@ -100,3 +100,30 @@ def test_no_worker_runs_out_of_time(
     with pytest.raises(ValueError, match="timed out"):
         request._grammar.result()
     GrammarCompiler(with_tokenizer).compile(params).result()
+
+
+def test_what_the_scheduler_has_compiled_is_not_compiled_again(
+    with_tokenizer: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they share a process, though the compiler's cache has lost it: the engine would wait. A
+    request that begins again has a matcher at its beginning, whatever the scheduler's has seen."""
+    manager = StructuredOutputManager(with_tokenizer)
+    name_for_workers(manager)
+    share_compiler(manager)
+    params = asked("xgrammar", regex="[0-9]{3}[a-z]+")
+    wanted = arrive(manager, params)
+    while not wanted.is_grammar_ready:
+        time.sleep(0.01)
+    compiler = GrammarCompiler(with_tokenizer)
+    first = Matcher(compiler.compile(params), 4, set()).allowed().copy()
+    (digit,) = manager.tokenizer.encode("7", add_special_tokens=False)
+    assert wanted.grammar.accept_tokens("", [digit])
+    manager.backend.compiler.clear_cache()
+
+    def compile_grammar(*_: Any, **__: Any) -> Any:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(XgrammarBackend, "compile_grammar", compile_grammar)
+    again = Matcher(compiler.compile(params), 4, set())
+    assert (again.allowed() == first).all()
+    assert again.accepts(digit)

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
         StructuredOutputGrammar,
     )
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+    from vllm.v1.structured_output.request import StructuredOutputRequest
 
 _managers: WeakValueDictionary[str, StructuredOutputManager] = WeakValueDictionary()
+_wanted: WeakValueDictionary[int, StructuredOutputRequest] = WeakValueDictionary()
+"""What the scheduler of this process compiles, by the identity of what a request asks for."""
 
 
 def share_compiler(manager: StructuredOutputManager) -> None:
@@ -48,6 +51,9 @@ def name_for_workers(manager: StructuredOutputManager) -> None:
         if request.sampling_params is not None:
             _name_backend(manager, request.sampling_params)
             name_thinking(manager, request)
+            if request.structured_output_request is not None:
+                asked = id(request.sampling_params.structured_outputs)
+                _wanted[asked] = request.structured_output_request
 
     manager.grammar_init = init
 
@@ -80,8 +86,9 @@ class GrammarCompiler:
     def compile(self, params: SamplingParams) -> Future[tuple[StructuredOutputGrammar, Any]]:
         """A matcher for a request, and a bitmask [1, ceil(V / 32)] int32 for it to fill.
 
-        Where scheduler and worker share a process only the matcher is new, if the backend has a
-        cache; elsewhere the grammar is compiled once more, in each worker, beside its forwards.
+        Where scheduler and worker share a process only the matcher is new, with guidance, which
+        compiles quickly, all of it; elsewhere the grammar is compiled once more, in each worker,
+        beside its forwards.
         """
         manager = _managers.get(self._vllm_config.instance_id)
         if manager is None:
@@ -89,7 +96,9 @@ class GrammarCompiler:
             return self._thread.submit(_compile, self._own, params)
         assert manager.backend is not None
         ready: Future[tuple[StructuredOutputGrammar, Any]] = Future()
-        ready.set_result(_compile(manager.backend, params))
+        known = _begin_again(manager.backend, params)
+        bits = manager.backend.allocate_token_bitmask(1)
+        ready.set_result(_compile(manager.backend, params) if known is None else (known, bits))
         return ready
 
     def _make_backend(self, params: SamplingParams) -> StructuredOutputBackend:
@@ -105,6 +114,29 @@ class GrammarCompiler:
             tokenizer=cached_tokenizer_from_config(model),
             vocab_size=model.get_vocab_size(),
         )
+
+
+def _begin_again(
+    backend: StructuredOutputBackend, params: SamplingParams
+) -> StructuredOutputGrammar | None:
+    """What the scheduler has compiled for a request, at its beginning; None: nothing by xgrammar.
+
+    Its cache may have lost that by now, and the engine waits while it is compiled.
+    """
+    import xgrammar
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
+
+    wanted = _wanted.get(id(params.structured_outputs))
+    compiled = None if wanted is None else wanted.grammar
+    if not (isinstance(backend, XgrammarBackend) and isinstance(compiled, XgrammarGrammar)):
+        return None
+    own: XgrammarBackend = backend
+    matcher = xgrammar.GrammarMatcher(
+        compiled.ctx,
+        override_stop_tokens=list(params.all_stop_token_ids) or None,
+        max_rollback_tokens=own.num_speculative_tokens,
+    )
+    return XgrammarGrammar(matcher=matcher, vocab_size=compiled.vocab_size, ctx=compiled.ctx)
 
 
 def _compile(
