@@ -5,12 +5,14 @@ import json
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.utils import cpu_resource_utils
 
 import vllm_nbdiff
 from vllm_nbdiff.config import BlockDiffusionConfig
@@ -189,6 +191,23 @@ def test_kv_cache_takes_a_bounded_share_of_memory(
     assert start(checkpoint, kv_cache_memory_bytes=1 << 28).cache_config.kv_cache_memory_bytes == (
         1 << 28
     )
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="about the CPU platform")
+@pytest.mark.parametrize("page_size", [128, 512])
+def test_kv_cache_holds_a_sequence_however_little_memory_there_is(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, page_size: int
+) -> None:
+    """Whose last page holds one token, beside the page that vLLM keeps for itself."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    little = SimpleNamespace(available_memory=1 << 16)
+    monkeypatch.setattr(cpu_resource_utils, "get_memory_node_info", lambda: little)
+    limits: dict[str, Any] = {"block_size": page_size, "max_model_len": page_size + 1}
+    cache = start(checkpoint, max_num_batched_tokens=1024, **limits).cache_config
+    hf = json.loads((checkpoint / "config.json").read_text())
+    heads, size = hf["num_key_value_heads"], hf["hidden_size"] // hf["num_attention_heads"]
+    page = 2 * hf["num_hidden_layers"] * heads * size * 4 * page_size
+    assert cache.kv_cache_memory_bytes >= 3 * page
 
 
 @pytest.mark.parametrize(

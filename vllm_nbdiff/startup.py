@@ -241,7 +241,9 @@ def _limit_cpu_kv_cache(vllm_config: Any) -> None:
         * model.get_head_size()
         * model.dtype.itemsize
     )
-    one_sequence = token_bytes * (model.max_model_len + 256)
+    # Its last page may hold one token, and one page is vLLM's own.
+    page_size = max(cache.block_size or 0, _CPU_PAGE_SIZE)
+    one_sequence = token_bytes * (model.max_model_len + 2 * page_size)
     share = get_memory_node_info().available_memory // (4 * parallel.tensor_parallel_size)
     sequences = max(vllm_config.scheduler_config.max_num_seqs, 32)
     most = min(4 << 30, share, sequences * one_sequence)

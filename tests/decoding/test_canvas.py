@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nbdiff.decoding.canvas import CanvasTable, Options, width_at
+from vllm_nbdiff.decoding.canvas import NO_TOKEN, CanvasTable, Options, width_at
 from vllm_nbdiff.decoding.plan import Facts
 
 VOCAB = 153_376
@@ -55,6 +55,13 @@ def test_what_one_request_lists_costs_no_other_anything() -> None:
     table.set_stops(1, torch.tensor([31], dtype=torch.int64))
     last = table.is_last(torch.tensor([1]), options(last_position=[0]), tokens, nowhere)
     assert last[0].tolist() == [False, False, True, False, False]
+
+
+def test_a_request_has_no_proposals_of_the_one_before() -> None:
+    table = CanvasTable(2, 4, 200, torch.device("cpu"))
+    table.proposed[:] = 7
+    table.forget_proposals(1)
+    assert table.proposed.tolist() == [[7] * 4, [NO_TOKEN] * 4, [7] * 4]
 
 
 @given(st.integers(0, 99), st.integers(1, 32), st.integers(0, 120), st.booleans())

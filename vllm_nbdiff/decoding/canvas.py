@@ -108,6 +108,10 @@ class CanvasTable:
         # A number assigned by index would be copied to a GPU, which waits.
         self.stops[slot].zero_().index_fill_(0, token_ids, True)
 
+    def forget_proposals(self, slot: int) -> None:
+        """Of the request that was in `slot` before."""
+        self.proposed[slot].fill_(NO_TOKEN)
+
     def is_last(self, slot: Tensor, options: Options, tokens: Tensor, positions: Tensor) -> Tensor:
         """Whether `tokens` at `positions`, [B, n] int64 each, end their requests."""
         # Before `min_tokens` the scheduler goes on, whatever the token.

@@ -170,6 +170,7 @@ class NBDiffModelState(ModelState):
             stops.add(params.eos_token_id)
         own = async_tensor_h2d(sorted(stops), dtype=torch.int64, device=self.device)
         self.table.set_stops(req_index, own)
+        self.table.forget_proposals(req_index)
         self._lookahead[req_index] = lookahead_tokens(
             options, self.config, self._page_size, self._row_limit
         )
