@@ -29,7 +29,7 @@ MAX_BAD_WORDS_CHARACTERS = 1 << 16
 MAX_BAD_WORD_TOKENS = 64
 # Of a schema, an expression or another grammar: the time to compile it grows with it.
 MAX_GRAMMAR_CHARACTERS = 1 << 17
-# The scheduler looks for patterns of every size after every token, in as many tokens.
+# After every token the scheduler looks for patterns of every size, each `min_count` times as long.
 MAX_PATTERN_SIZE = 256
 MAX_REPEATED_TOKENS = 2048
 # Draws are as with any smaller one: some token is at least so probable.

@@ -33,26 +33,15 @@ def drafted(random: np.random.Generator, requests: int, width: int, chance: floa
     return Verified(whole, whole, held, hit=nothing, rows=whole, drafts=nothing)
 
 
-def serve(chosen: DraftChooser, chance: float, requests: int, drafts: int = 400) -> list[int]:
-    """Widths chosen while drafted tokens are right with this chance."""
-    random = np.random.default_rng(0)
-    widths = []
-    for _ in range(drafts):
-        width = chosen.choose(requests, other_rows=0)
-        widths.append(width)
-        if width > 1:
-            chosen.observe(drafted(random, requests, width, chance))
-    return widths[drafts // 2 :]
-
-
 def learn(
     chosen: DraftChooser,
     requests: int,
     chance: float,
-    seconds: Callable[[int], float],
+    seconds: Callable[[int], float] | None,
     choices: int,
 ) -> list[int]:
-    """Widths chosen while forwards take `seconds` by their rows, too."""
+    """Widths chosen while drafted tokens are right with this chance and forwards take `seconds` by
+    their rows; None: what they take is not seen."""
     random = np.random.default_rng(0)
     widths = []
     for _ in range(choices):
@@ -60,8 +49,14 @@ def learn(
         widths.append(width)
         if width > 1:
             chosen.observe(drafted(random, requests, width, chance))
-        chosen.cost.observe(requests * width, seconds(requests * width))
+        if seconds is not None:
+            chosen.cost.observe(requests * width, seconds(requests * width))
     return widths
+
+
+def serve(chosen: DraftChooser, chance: float, requests: int, drafts: int = 400) -> list[int]:
+    """The later half of the widths chosen while drafted tokens are right with this chance."""
+    return learn(chosen, requests, chance, None, drafts)[drafts // 2 :]
 
 
 def most_common(widths: list[int]) -> int:

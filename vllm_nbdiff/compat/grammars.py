@@ -86,9 +86,8 @@ class GrammarCompiler:
     def compile(self, params: SamplingParams) -> Future[tuple[StructuredOutputGrammar, Any]]:
         """A matcher for a request, and a bitmask [1, ceil(V / 32)] int32 for it to fill.
 
-        Where scheduler and worker share a process only the matcher is new, with guidance, which
-        compiles quickly, all of it; elsewhere the grammar is compiled once more, in each worker,
-        beside its forwards.
+        Where scheduler and worker share a process only the matcher is new; a grammar of guidance
+        is compiled again. Elsewhere it is compiled once more in each worker, beside its forwards.
         """
         manager = _managers.get(self._vllm_config.instance_id)
         if manager is None:
@@ -96,9 +95,7 @@ class GrammarCompiler:
             return self._thread.submit(_compile, self._own, params)
         assert manager.backend is not None
         ready: Future[tuple[StructuredOutputGrammar, Any]] = Future()
-        known = _begin_again(manager.backend, params)
-        bits = manager.backend.allocate_token_bitmask(1)
-        ready.set_result(_compile(manager.backend, params) if known is None else (known, bits))
+        ready.set_result(_begin_again(manager.backend, params) or _compile(manager.backend, params))
         return ready
 
     def _make_backend(self, params: SamplingParams) -> StructuredOutputBackend:
@@ -118,8 +115,8 @@ class GrammarCompiler:
 
 def _begin_again(
     backend: StructuredOutputBackend, params: SamplingParams
-) -> StructuredOutputGrammar | None:
-    """What the scheduler has compiled for a request, at its beginning; None: nothing by xgrammar.
+) -> tuple[StructuredOutputGrammar, Any] | None:
+    """The same from what the scheduler has compiled for a request; None: nothing by xgrammar.
 
     Its cache may have lost that by now, and the engine waits while it is compiled.
     """
@@ -136,7 +133,8 @@ def _begin_again(
         override_stop_tokens=list(params.all_stop_token_ids) or None,
         max_rollback_tokens=own.num_speculative_tokens,
     )
-    return XgrammarGrammar(matcher=matcher, vocab_size=compiled.vocab_size, ctx=compiled.ctx)
+    grammar = XgrammarGrammar(matcher=matcher, vocab_size=compiled.vocab_size, ctx=compiled.ctx)
+    return grammar, backend.allocate_token_bitmask(1)
 
 
 def _compile(
