@@ -39,6 +39,19 @@ def test_a_first_forward_that_was_held_up_is_soon_forgotten(held_up: int) -> Non
         assert cost.seconds(rows) == pytest.approx(5e-5 * rows, rel=0.2)
 
 
+@pytest.mark.parametrize("beside", [10, 20, 47, 72])
+def test_a_count_is_known_after_many_beside_it(beside: int) -> None:
+    """What was measured is not guessed when another count is seen for the first time."""
+    cost, count = CostModel(), {10: 16, 20: 32, 47: 64, 72: 128}[beside]
+    for rows in (1, beside, count):
+        for _ in range(150):
+            cost.observe(rows, 1e-3 + 1e-5 * rows)
+    assert cost.unknown(count) is None
+    before = cost.seconds(count) / cost.slowness
+    cost.observe(1024, 1e-3 + 1e-5 * 1024)
+    assert cost.seconds(count) / cost.slowness == pytest.approx(before)
+
+
 def test_cost_follows_what_forwards_take() -> None:
     cost = CostModel()
     for rows in 20 * (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048):

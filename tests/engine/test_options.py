@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of a batch are read once until they change, on a device of their own or the host's."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from vllm import SamplingParams
 
 from tests.conftest import options
 from vllm_nbdiff.config import BlockDiffusionConfig
+from vllm_nbdiff.decoding.rules import CONFIDENCE, ENTROPY
 from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine_options import EngineOptions
 from vllm_nbdiff.request_options import RequestOptions
@@ -72,3 +75,13 @@ def test_what_changes_is_read_anew(table: OptionTable) -> None:
         assert read(table, 0, 1)[2] == [0, 0]
     table.upload()
     assert read(table, 0, 1)[2] == [0, 0.25]
+
+
+def test_break_points_are_ranked_by_probability(table: OptionTable) -> None:
+    """Whatever the server's algorithm is; drafts of several steps follow it."""
+    entropy = replace(table.config.defaults, algorithm="entropy")
+    table.config = replace(table.config, defaults=entropy)
+    modes = [options(mode="verify", fan_out=2), options(mode="verify", draft_steps=2), options()]
+    for slot, extra in enumerate(modes):
+        table.add_request(slot, SamplingParams(extra_args=extra, max_tokens=9), 5, False)
+    assert table.host["score"][:3].tolist() == [CONFIDENCE, ENTROPY, ENTROPY]

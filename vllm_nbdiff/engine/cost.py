@@ -54,7 +54,7 @@ class CostModel:
             count = self._seen[place]
             self._seconds[place] *= error ** (max(_SHAPE, 1 / (1 + count)) * weight)
             self._seen[place] += weight
-            if weight >= _NEAR and count < _FIRST:
+            if weight >= _NEAR and (count < _FIRST or not self._known[place]):
                 self._known[place] = True
                 self._guess_others()
         self._set(self._seconds)

@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_nbdiff.config import BlockDiffusionConfig
 from vllm_nbdiff.decoding.canvas import NO_LIMIT, Options
-from vllm_nbdiff.decoding.rules import RULES
+from vllm_nbdiff.decoding.rules import CONFIDENCE, RULES
 from vllm_nbdiff.engine.lookahead import fits_next_block, num_drafts
 from vllm_nbdiff.request import parse_options
 from vllm_nbdiff.request_options import RequestOptions
@@ -101,7 +101,8 @@ class OptionTable:
             "first_stop": prompt_len + max(params.min_tokens, 1) - 1,
             "prompt_length": prompt_len,
             "rule": list(RULES).index(options.algorithm),
-            "score": rule.score,
+            # A single step drafts by no rule, and break points are ranked by probability.
+            "score": CONFIDENCE if lossless and options.verify_steps == 1 else rule.score,
             "top_k": params.top_k if params.top_k > 0 else self.config.vocab_size,
             "rng_seed": drawn if params.seed is None else params.seed,
             "max_post_steps": options.max_post_steps if rule.edits else 0,
