@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a batch asks the chooser of mode `auto`."""
 
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,14 @@ def test_requests_whose_prompts_are_read_count(monkeypatch: pytest.MonkeyPatch) 
     """Their first canvases begin with this schedule, and are as wide as is chosen for all."""
     asked: list[int] = []
 
-    def choose(num_requests: int, other_rows: int) -> int:
+    def choose(num_requests: int, other_rows: int, fan_out: int) -> int:
         asked.append(num_requests)
         return 1
 
     options: Any = SimpleNamespace(
         config=SimpleNamespace(block_length=32),
         is_auto=np.ones(64, np.bool_),
-        host={name: np.zeros(64, np.int64) for name in ("fan_out", "drafts", "block_length")},
+        host=defaultdict(lambda: np.zeros(64, np.int64)),
         set_draft_length=lambda slots, length: None,
         set_limits=lambda slots, chance, survival: None,
     )

@@ -6,6 +6,7 @@ text before them is verified, what is worth its rows. Measured and set here, cho
 from __future__ import annotations
 
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +14,20 @@ from torch import Tensor
 
 from vllm_nbdiff.decoding.emitted import Emitted
 from vllm_nbdiff.decoding.fan_out import VerifiedTexts
-from vllm_nbdiff.engine.chooser import DraftChooser, Verified
+from vllm_nbdiff.engine.chooser import NOTHING_MORE, DraftChooser, Verified
 from vllm_nbdiff.engine.cost import CostModel
 from vllm_nbdiff.engine.options import OptionTable
 from vllm_nbdiff.engine.ranks import Agree
 from vllm_nbdiff.engine.schedule import Schedule
+
+
+class _Told(NamedTuple):
+    """What the requests of a forward were told, [B] each."""
+
+    drafting: np.ndarray  # bool, which of them draft
+    reading: np.ndarray  # drafts are made in forwards that read text
+    chance: np.ndarray  # those of `Limits`
+    survival: np.ndarray
 
 
 class AutoDrafts:
@@ -56,10 +66,11 @@ class AutoDrafts:
             static,
         )
         self._drafting = np.zeros(0, np.bool_)
-        self._arriving: list[tuple[torch.cuda.Event | None, np.ndarray, np.ndarray, Tensor]] = []
+        self._arriving: list[tuple[torch.cuda.Event | None, _Told, Tensor]] = []
         # Time of the end of the last schedule, with static shapes if it was plain.
         self._ended: float | None = None
         self._rows = 0
+        self._forwards: list[tuple[int, float]] = []  # rows and seconds of those that were timed
 
     def begin_schedule(self, schedule: Schedule) -> None:
         """Choose how much canvases that begin in this schedule draft."""
@@ -68,7 +79,7 @@ class AutoDrafts:
         self._drafting = auto
         if self.sets_limits:
             self._drafting = auto | (options.host["fan_out"][slots] > 0)
-        self._drafts_reading = options.host["drafts"][slots]
+        self._forwards = []
         if self.static:
             self._rows = int(schedule.scheduled.sum())
         if not self._drafting.any():
@@ -80,17 +91,26 @@ class AutoDrafts:
         if auto.any():
             others = int(schedule.scheduled[schedule.decodes & ~auto].sum())
             # Those whose prompts are read begin canvases with this schedule.
-            width = self.chooser.choose(int(auto.sum()), others)
+            fan_out = int(options.host["fan_out"][slots[auto]].max())
+            width = self.chooser.choose(int(auto.sum()), others, fan_out)
             options.set_draft_length(slots[auto], int(self._agree(np.array([width]))[0]))
+        fans = options.host["fan_out"][slots] > 0
         if self.sets_limits:
-            self._set_limits(slots, self._drafting & schedule.decodes)
+            others = int(schedule.scheduled[schedule.decodes & ~self._drafting].sum())
+            self._set_limits(slots, fans, others)
+        limits = (options.host[name][slots] for name in ("least_chance", "least_survival"))
+        told = (np.where(fans, *each) for each in zip(limits, NOTHING_MORE, strict=True))
+        self._told = _Told(self._drafting, options.host["drafts"][slots], *told)
 
-    def _set_limits(self, slots: np.ndarray, drafting: np.ndarray) -> None:
-        count, widths = int(drafting.sum()), self.options.host["block_length"][slots]
-        for width in sorted(set(widths[drafting].tolist())):
-            limits = self.chooser.limits(width, count, self._rows)
-            chance, survival = self._agree(np.array(limits)).tolist()
-            self.options.set_limits(slots[drafting & (widths == width)], chance, survival)
+    def _set_limits(self, slots: np.ndarray, fans: np.ndarray, other_rows: int) -> None:
+        """Of the requests that draft for break points, those that `fans` [B] bool says."""
+        host, count = self.options.host, int(self._drafting.sum())
+        widths = host["block_length"][slots]
+        for width in sorted(set(widths[fans].tolist())):
+            own = slots[fans & (widths == width)]
+            fan_out = int(host["fan_out"][own].max())
+            limits = self.chooser.expected(width, count, other_rows, fan_out).limits
+            self.options.set_limits(own, *self._agree(np.array(limits)).tolist())
 
     def observe_drafts(self, verified: VerifiedTexts | None) -> None:
         """Learn from verified texts when the next schedule begins."""
@@ -101,37 +121,39 @@ class AutoDrafts:
             event = torch.cuda.Event()
             numbers = numbers.to("cpu", non_blocking=True)
             event.record()
-        self._arriving.append((event, self._drafting, self._drafts_reading, numbers))
+        self._arriving.append((event, self._told, numbers))
 
     def _learn(self) -> None:
         """Learn from the texts whose numbers are there."""
         texts = []
         while self._arriving and ((event := self._arriving[0][0]) is None or event.query()):
-            _, drafting, reading, there = self._arriving.pop(0)
-            numbers = np.concatenate([there.numpy(), reading[None]])
-            texts.append(numbers[:, drafting & (numbers[1] > 0)])
+            _, told, there = self._arriving.pop(0)
+            text = Verified._make([*there.numpy(), *told[1:]])
+            texts.append([field[told.drafting & (text.text > 0)] for field in text])
         if texts:
-            self.chooser.observe(Verified._make(np.concatenate(texts, axis=1)))
+            self.chooser.observe(Verified._make(map(np.concatenate, zip(*texts, strict=True))))
 
     def begin_forward(self, rows: int) -> None:
         """Note the rows of a forward that has rows of its own."""
         self._rows = rows
 
     def observe_forward(self, seconds: float) -> None:
-        """Learn from that forward: what it took, from its plan to its decisions."""
-        if self._drafting.any():
-            self.chooser.cost.observe(self._rows, seconds)
+        """Note what that forward took, from its plan to its decisions."""
+        self._forwards.append((self._rows, seconds))
 
-    def end_schedule(self, forwards: int, emitted: Emitted, prefills: bool) -> None:
-        """Learn from the time between schedules: this one's forwards, what it emitted, and whether
-        it held prompts."""
+    def end_schedule(self, emitted: Emitted, is_timed: bool) -> None:
+        """Learn from a schedule and the time before it.
+
+        Args:
+            emitted: of the schedule.
+            is_timed: its first forward is, which read no prompts; those come after a pause.
+        """
         now, last = perf_counter(), self._ended
-        self._ended = None if self.static and prefills else now
+        self._ended = now if is_timed or not self.static else None
         if not self._drafting.any() or last is None:
             return
         if self.static:
             self.chooser.cost.observe(self._rows, now - last)
             return
         self.chooser.observe_ends(int(emitted.count.sum()), int(emitted.ended.sum()))
-        if not prefills:  # which come after a pause, and take their time
-            self.chooser.observe_schedule(now - last, forwards, self._rows)
+        self.chooser.observe_schedule(self._forwards, now - last if is_timed else None)

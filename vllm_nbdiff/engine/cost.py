@@ -5,91 +5,114 @@ logits are drawn from, what is done beside it."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from itertools import accumulate, pairwise
-from math import log
+from itertools import accumulate
+from math import exp, log, sqrt
 
 # Numbers of Python: every forward asks for a few of them, and reading one of numpy takes longer.
 _ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-# Beyond the counts of rows that were seen, time is taken to grow with rows to this power at least.
-_GROWTH = 0.5
-_NEAR = 0.5  # share of a forward's rows by which it says what that count of `_ROWS` costs
-# Weight of a forward in the machine's speed, in full behind so many, and, at least, in the cost by
-# rows.
-_SPEED, _FIRST, _SHAPE = 0.2, 16, 0.03
+# As shares of what a forward takes, standard deviations: of one from the next; of the machine's
+# speed, and of either cost alone, from forward to forward.
+_NOISE, _SPEED, _CHANGE = 0.25, 0.05, 0.002
+_PRIOR = 3.0  # of both numbers before anything is known
+_HELD_UP = 2.0  # standard deviations: what took longer says no more than this
+_LEAST = 1e-6  # seconds of a forward
+_FREE_ROWS = 100  # before anything is known, as many rows cost what a forward does without them
+# What a line misses by a count of rows: how far one forward may be off, how many it takes to be
+# believed, and the weight of each, at least.
+_MISS, _DOUBT, _SHAPE = 1.3, 8, 0.03
 
 
 class CostModel:
-    """Seconds of a forward by its number of rows, linear between the counts of `_ROWS`.
+    """Seconds of a forward by its number of rows, learned from forwards that are run anyway.
 
-    Learned from forwards that are run anyway. What a count of rows costs is the mean of the first
-    ones, as any of them may have been held up; later how fast the machine is at the moment, which
-    is all that a busy one changes, is learned quickly and what rows cost slowly.
+    So much for each forward and so much for each of its rows, two numbers that a Kalman filter
+    learns: a few forwards of two counts of rows say what all others take, and a machine that is
+    busy for a while changes both numbers, and no choice. What such a line misses is kept by counts
+    of rows, linear between them.
     """
 
     def __init__(self) -> None:
-        self._seen = [0.0] * len(_ROWS)
-        self._known = [False] * len(_ROWS)
-        self.slowness = 1.0
-        self._set([1e-3 * rows**_GROWTH for rows in _ROWS])
+        self._line = (1e-3, 1e-5)
+        """Seconds of a forward, and of a row."""
+        self._variance: tuple[float, float, float] | None = None
+        """Of the first number, of both together, of the second."""
+        self._missed, self._seen = [0.0] * len(_ROWS), [0.0] * len(_ROWS)
+        """Logarithms of factors by counts of rows; forwards that were seen next to each."""
+        self._set_seconds()
 
-    def _set(self, seconds: list[float]) -> None:
-        self._seconds = seconds
-        self._rising = list(accumulate(seconds, max))
+    def _set_seconds(self) -> None:
+        each, row = self._line
+        factors = zip(_ROWS, self._missed, strict=True)
+        self._seconds = list(accumulate(((each + row * n) * exp(f) for n, f in factors), max))
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a forward that was run."""
-        seconds = max(seconds, 1e-6)  # a clock may stand
-        if not any(self._seen):
-            self._set([seconds * (count / rows) ** _GROWTH for count in _ROWS])
-        error = seconds / self.seconds(rows)
-        above = min(bisect_left(_ROWS, rows), len(_ROWS) - 1)
-        below = max(above - 1, 0)
-        span = max(_ROWS[above] - _ROWS[below], 1)
-        share = min(max((rows - _ROWS[below]) / span, 0), 1)
-        known = min(self._seen[above if share > 0.5 else below], 1 / _SHAPE)
-        speed = _SPEED * min(known / _FIRST, 1)
-        self.slowness *= error**speed
-        error **= 1 - speed
-        for place, weight in ((above, share), (below, 1 - share)):
-            count = self._seen[place]
-            self._seconds[place] *= error ** (max(_SHAPE, 1 / (1 + count)) * weight)
+        seconds = max(seconds, _LEAST)  # a clock may stand
+        if self._variance is None:
+            row = seconds / (rows + _FREE_ROWS)
+            each = row * _FREE_ROWS
+            self._line, self._variance = (
+                (each, row),
+                ((_PRIOR * each) ** 2, 0.0, (_PRIOR * row) ** 2),
+            )
+            self._set_seconds()
+        expected = self.seconds(rows)
+        self._learn_line(rows, seconds, expected)
+        self._learn_missed(rows, seconds)
+        self._set_seconds()
+
+    def _learn_line(self, rows: int, seconds: float, expected: float) -> None:
+        """A step of the filter; `seconds` is `factor * (each + row * rows)` and noise."""
+        assert self._variance is not None
+        each, row = self._line
+        factor = expected / (each + row * rows)
+        first, both, second = self._variance
+        first += (_SPEED**2 + _CHANGE**2) * each**2
+        both += _SPEED**2 * each * row
+        second += (_SPEED**2 + _CHANGE**2) * row**2
+        of_each, of_row = factor * (first + both * rows), factor * (both + second * rows)
+        variance = factor * (of_each + of_row * rows) + (_NOISE * expected) ** 2
+        error = min(seconds - expected, _HELD_UP * sqrt(variance)) / variance
+        self._variance = (
+            first - of_each**2 / variance,
+            both - of_each * of_row / variance,
+            second - of_row**2 / variance,
+        )
+        # Neither may vanish, or even be less than nothing.
+        self._line = (
+            max(each + of_each * error, each / 10, _LEAST),
+            max(row + of_row * error, row / 10, _LEAST / _ROWS[-1]),
+        )
+
+    def _learn_missed(self, rows: int, seconds: float) -> None:
+        """By what factor the line is off next to `rows`."""
+        above, share = self._place(rows)
+        low, high = self._missed[above - 1 : above + 1]
+        each, row = self._line
+        missed = seconds / ((each + row * rows) * exp(low + (high - low) * share))
+        error = log(min(max(missed, 1 / _MISS), _MISS))
+        for place, weight in ((above, share), (above - 1, 1 - share)):
+            near = max(1 / (_DOUBT + self._seen[place]), _SHAPE)
+            self._missed[place] += near * weight * error
             self._seen[place] += weight
-            if weight >= _NEAR and (count < _FIRST or not self._known[place]):
-                self._known[place] = True
-                self._guess_others()
-        self._set(self._seconds)
 
-    def _guess_others(self) -> None:
-        """What other counts cost by those that are known: a power law between two; behind the last
-        two as much a row as between them, but no less than that of `_GROWTH`."""
-        known = [place for place, known in enumerate(self._known) if known]
-        seconds = [self._seconds[place] for place in known]
-        growths = [
-            log(self._seconds[high] / self._seconds[low]) / log(_ROWS[high] / _ROWS[low])
-            for low, high in pairwise(known)
-        ]
-        growths = [_GROWTH, *growths, _GROWTH]
-        last, each = known[-1], 0.0
-        if len(known) > 1:
-            each = (seconds[-1] - seconds[-2]) / (_ROWS[last] - _ROWS[known[-2]])
-            each = min(each, seconds[-1] / _ROWS[last])
-        for place, rows in enumerate(_ROWS):
-            if not self._known[place]:
-                after = bisect_left(known, place)
-                near = known[max(after - 1, 0)]
-                least = seconds[-1] + each * (rows - _ROWS[last]) if place > last else 0.0
-                guess = self._seconds[near] * (rows / _ROWS[near]) ** growths[after]
-                self._seconds[place] = max(guess, least)
+    @staticmethod
+    def _place(rows: int) -> tuple[int, float]:
+        """The place of `_ROWS` next above `rows`, and how much of the way from the one below it."""
+        above = min(max(bisect_left(_ROWS, rows), 1), len(_ROWS) - 1)
+        first, last = _ROWS[above - 1 : above + 1]
+        return above, max(rows - first, 0) / (last - first)
 
-    def unknown(self, rows: int) -> int | None:
-        """The count of `_ROWS` next to `rows`, unless forwards of that many were seen."""
-        above = min(bisect_left(_ROWS, rows), len(_ROWS) - 1)
-        near = min(max(above - 1, 0), above, key=lambda place: abs(_ROWS[place] - rows))
-        return None if self._known[near] else _ROWS[near]
+    def doubt(self, rows: int) -> float:
+        """Standard deviation of what such a forward takes, as a share: 1 is next to unknown."""
+        if self._variance is None:
+            return 1.0
+        first, both, second = self._variance
+        each, row = self._line
+        return sqrt(max(first + 2 * both * rows + second * rows**2, 0.0)) / (each + row * rows)
 
     def seconds(self, rows: int) -> float:
         """A forward of so many rows; more rows never take less."""
-        above = min(max(bisect_left(_ROWS, rows), 1), len(_ROWS) - 1)
-        low, high = self._rising[above - 1 : above + 1]
-        first, last = _ROWS[above - 1 : above + 1]
-        return self.slowness * (low + (high - low) * (max(rows, 1) - first) / (last - first))
+        above, share = self._place(rows)
+        low, high = self._seconds[above - 1 : above + 1]
+        return low + (high - low) * share

@@ -57,7 +57,9 @@ class ForwardLoop:
 
     def begin(self, schedule: Schedule, paged: PagedBatch) -> dict[str, Any]:
         """Attention metadata of a schedule's first forward, whose rows of logits are set."""
-        self._paged, self._began, self._is_timed = paged, perf_counter(), False
+        self._paged, self._began = paged, perf_counter()
+        # The rows of prompts mostly need no logits.
+        self._is_timed = not schedule.facts.prefills
         self.auto.begin_schedule(schedule)
         self.decoder.begin(schedule)
         plan, runner = self.decoder.plan(), paged.input_batch
@@ -77,11 +79,11 @@ class ForwardLoop:
         self.forward = paged.forward(plan, schedule.batch, schedule.facts)
         if self.forward is None:
             # There is nothing to compute: the runner's rows must not write KV.
+            self._is_timed = False
             paged.slot_mappings.fill_(PAD_SLOT_ID)
             runner.logits_indices = torch.zeros(0, dtype=torch.int64)
             return paged.of_runner(int(runner.seq_lens.max()))
         self.auto.begin_forward(len(self.forward.input_ids))
-        self._is_timed = not schedule.facts.prefills  # whose rows mostly need no logits
         runner.logits_indices = self._needed_rows(self.forward)
         self._set_adapters(plan, self.forward, runner.logits_indices)
         if schedule.scores_prompt:
@@ -154,4 +156,4 @@ class ForwardLoop:
             self._paged.heal(broken.nonzero()[:, 0])
         if self.adapters is not None and decoder.schedule.scores_prompt:
             self.adapters.score_prompts(decoder.schedule.slots, decoder.schedule.scheduled)
-        auto.end_schedule(forwards, decoder.emitted, facts.prefills)
+        auto.end_schedule(decoder.emitted, self._is_timed)
