@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils import cpu_resource_utils
@@ -20,6 +21,7 @@ from vllm_nbdiff.decoding.rules import CONFIDENCE, RULES, Ranked, Rule
 from vllm_nbdiff.engine_options import Allowed
 
 FREEDAVE = {"algorithm": "freedave"}
+OFFLOADING = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +165,20 @@ def test_a_checkpoints_threshold_is_of_its_own_algorithm(
     assert BlockDiffusionConfig.from_vllm_config(chosen).defaults.threshold == threshold
 
 
+@pytest.mark.parametrize(
+    ("checkpoints", "served", "steps"),
+    [("freedave", "entropy", None), ("entropy", "freedave", None), ("freedave", "freedave", 6)],
+)
+def test_a_checkpoints_draft_steps_are_of_its_own_algorithm(
+    checkpoint: Path, tmp_path: Path, checkpoints: str, served: str, steps: int | None
+) -> None:
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    defaults = {"nbdiff_algorithm": checkpoints, "nbdiff_draft_steps": 6}
+    (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
+    chosen = start(tmp_path, additional_config={"nbdiff": {"algorithm": served}})
+    assert BlockDiffusionConfig.from_vllm_config(chosen).defaults.draft_steps == steps
+
+
 def test_max_num_seqs_leaves_room_for_every_canvas(checkpoint: Path) -> None:
     vllm_config = start(checkpoint, max_num_batched_tokens=128, max_num_seqs=64)
     assert vllm_config.scheduler_config.max_num_seqs == 4
@@ -241,6 +257,7 @@ def test_bad_checkpoint(checkpoint: Path, overrides: dict[str, Any], message: st
         ({"max_num_batched_tokens": 16, "max_num_seqs": 1}, "must hold one whole block"),
         ({"max_num_scheduled_tokens": 16}, "--max-num-scheduled-tokens .16. must hold one whole"),
         ({"kv_offloading_size": 1}, "--kv-offloading-size is not supported"),
+        ({"kv_transfer_config": OFFLOADING}, "--kv-transfer-config is not supported"),
         ({"long_prefill_token_threshold": 16}, "--long-prefill-token-threshold"),
         ({"additional_config": {"nbdiff": {"max_drafts": -1}}}, "max_drafts must be an integer"),
         ({"additional_config": {"nbdiff": {"max_drafts": True}}}, "max_drafts must be an integer"),

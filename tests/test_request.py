@@ -147,6 +147,12 @@ def test_canvases_beside_a_requests_own_are_limited() -> None:
 
 
 def test_draft_steps_of_a_mode_do_not_leak_into_the_other() -> None:
+    served = config(algorithm="freedave", draft_steps=6)
+    assert parse_options({"nbdiff_mode": "verify"}, served).verify_steps == 1
+    served = config(mode="verify", draft_steps=6)
+    with pytest.raises(OptionError, match=r"nbdiff_mode=verify does not apply to .*freedave"):
+        parse_options(FREEDAVE, config(mode="verify"))
+    assert parse_options({**FREEDAVE, "nbdiff_mode": "diffusion"}, served).num_drafts == 3
     served = config(EngineOptions(max_drafts=1), algorithm="freedave")
     assert served.defaults.num_drafts == 1
     assert parse_options({"nbdiff_mode": "verify"}, served).verify_steps == 1

@@ -17,7 +17,7 @@ from vllm_nbdiff.engine_options import EngineOptions, parse_engine_options
 from vllm_nbdiff.families.family import NBDIFF, Family, family_of
 from vllm_nbdiff.names import ARCHITECTURE
 from vllm_nbdiff.request import check_family, check_option
-from vllm_nbdiff.request_options import OPTION_KEYS, RequestOptions
+from vllm_nbdiff.request_options import FREEDAVE, OPTION_KEYS, RequestOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -151,7 +151,10 @@ def _request_defaults(
     own = {k: v for k, v in user.items() if k in request_names}
     algorithm = values.get("algorithm", family.algorithms[0])
     if own.get("algorithm", algorithm) != algorithm:
-        values.pop("threshold", None)  # the checkpoint's is of its own algorithm
+        # The checkpoint's are of its own algorithm.
+        values.pop("threshold", None)
+        if FREEDAVE in (algorithm, own["algorithm"]):
+            values.pop("draft_steps", None)
     values.update(own)
     canvas = vllm_config.diffusion_config
     if canvas is not None and canvas.max_denoising_steps is not None:

@@ -113,10 +113,10 @@ def parse_options(
     options = replace(_unresolved(config, values), **values)
     mode = options.mode
     inapplicable = INAPPLICABLE[mode]
+    where = f"nbdiff_mode={mode}"
     if options.algorithm == FREEDAVE:
         inapplicable = inapplicable - {"draft_steps"}
-    where = f"nbdiff_mode={mode}"
-    if mode == "verify" and options.verify_steps == 1:
+    elif mode == "verify" and options.verify_steps == 1:
         # A single step fills the whole draft.
         inapplicable = inapplicable | {"algorithm", "threshold"}
         where += " with nbdiff_draft_steps 1"
@@ -154,9 +154,12 @@ def _check_allowed(name: str, value: Any, config: BlockDiffusionConfig) -> None:
 
 def _unresolved(config: BlockDiffusionConfig, values: dict[str, Any]) -> RequestOptions:
     """Server defaults, with those that depend on an option the request sets left open again."""
-    base = config.defaults
-    if base.algorithm == FREEDAVE and values.get("mode", "diffusion") != "diffusion":
+    base, freedave = config.defaults, config.defaults.algorithm == FREEDAVE
+    if freedave and values.get("mode", "diffusion") != "diffusion":
         base = replace(base, algorithm="confidence", threshold=None)
+    to_freedave = values.get("algorithm", base.algorithm) == FREEDAVE
+    if (freedave and not to_freedave) or (to_freedave and base.mode == "verify"):
+        base = replace(base, draft_steps=None)  # it means something else
     if values.get("fused_commit") or (values.get("draft_steps") or 1) > 1:
         base = replace(base, fan_out=None)
     if values.get("algorithm", base.algorithm) != base.algorithm:

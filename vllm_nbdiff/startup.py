@@ -115,11 +115,6 @@ def _fit_pages(vllm_config: VllmConfig, block_length: int) -> None:
     full, and must not be shared."""
     from vllm.platforms import current_platform
 
-    if vllm_config.kv_transfer_config is not None:
-        raise ValueError(
-            "--kv-transfer-config is not supported with a block-causal context: what is loaded may "
-            "end inside a block"
-        )
     cache = vllm_config.cache_config
     if cache.user_specified_block_size:
         if cache.block_size % block_length:
@@ -156,8 +151,10 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
         # It admits requests by itself, without our checks.
         "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND,
         "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
-        # Of a request that has ended it keeps pages whose KV is not final.
+        # Connectors keep and send the pages of tokens that are scheduled: those of canvases are not
+        # final.
         "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size is not None,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
     }
     for flag, used in reasons.items():
         if used:

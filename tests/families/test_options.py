@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
@@ -133,12 +132,6 @@ def test_pages_hold_whole_blocks() -> None:
     assert start(nemotron, 24, block_size=32).cache_config.block_size == 32
     with pytest.raises(ValueError, match=r"--block-size \(32\) must be a multiple .* \(24\)"):
         start(sdar, 24, block_size=32)
-
-
-def test_loaded_kv_is_refused_with_a_block_causal_context() -> None:
-    transfer = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-    with pytest.raises(ValueError, match="--kv-transfer-config"):
-        start(GOLDEN / "sdar" / "tiny_a", 8, kv_transfer_config=transfer)
 
 
 @pytest.mark.parametrize(

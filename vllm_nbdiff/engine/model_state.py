@@ -79,7 +79,7 @@ class NBDiffModelState(ModelState):
         self._graph: GraphBuffers | None = None
 
     def _steps_per_schedule(self) -> int:
-        if self.vllm_config.kv_transfer_config is not None or self.config.static_shapes:
+        if self.config.static_shapes:
             return 1
         return self.config.engine.max_steps_per_schedule or _CPU_STEPS_PER_SCHEDULE
 
