@@ -266,6 +266,10 @@ def test_bad_checkpoint(checkpoint: Path, overrides: dict[str, Any], message: st
             r"nbdiff_draft_steps=4 drafts 3 .* allows 1",
         ),
         ({"additional_config": {"nbdiff": {"max_steps": 1 << 63}}}, "diffusion_max_steps must be"),
+        (
+            {"additional_config": {"nbdiff": {"draft_steps": 2, "fan_out": 4}}},
+            "nbdiff_fan_out=4 does not combine with nbdiff_draft_steps above 1",
+        ),
         ({"additional_config": {"nbdiff": {"allow": ["ar"]}}}, "allow must be an object of modes"),
         (
             {"additional_config": {"nbdiff": {"allow": {"mode": ["ar"]}}}},

@@ -114,7 +114,8 @@ def test_freedave_among_the_defaults() -> None:
     assert drafts(config(), **FREEDAVE, nbdiff_draft_steps=1) == 0
     # No more than a sub-block has positions.
     assert drafts(config(), **FREEDAVE, nbdiff_draft_steps=99) == 8
-    assert drafts(config(draft_steps=2), **FREEDAVE) == 1
+    # The server's draft steps are those of its own algorithm, here of `verify`.
+    assert drafts(config(draft_steps=2), **FREEDAVE) == 3
     assert drafts(config(threshold=0.5), **FREEDAVE) == 3
     served = config(algorithm="freedave", draft_steps=6)
     assert drafts(served) == 5 and drafts(served, nbdiff_algorithm="entropy") == 0
@@ -149,6 +150,11 @@ def test_canvases_beside_a_requests_own_are_limited() -> None:
 def test_draft_steps_of_a_mode_do_not_leak_into_the_other() -> None:
     served = config(algorithm="freedave", draft_steps=6)
     assert parse_options({"nbdiff_mode": "verify"}, served).verify_steps == 1
+    for mode in ("diffusion", "ar", "auto"):
+        served = config(EngineOptions(max_drafts=1), mode=mode, draft_steps=6)
+        request = {**FREEDAVE, "nbdiff_mode": "diffusion"}
+        assert parse_options(request, served).num_drafts == 1
+        assert parse_options({"nbdiff_mode": "verify"}, served).verify_steps == 6
     served = config(mode="verify", draft_steps=6)
     with pytest.raises(OptionError, match=r"nbdiff_mode=verify does not apply to .*freedave"):
         parse_options(FREEDAVE, config(mode="verify"))

@@ -10,7 +10,7 @@ family's own name for the block length included), and what is known of the famil
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_nbdiff.engine_options import EngineOptions, parse_engine_options
@@ -170,6 +170,9 @@ def _request_defaults(
         known["fused_commit"] = family.seed == "never" and not _static_shapes(engine)
         known |= {"block_length": block_length, "sub_block_length": family.sub_block_length}
         values = {**known, "max_drafts": engine.max_drafts, **values}
-        return RequestOptions(**values).resolved()
+        options = RequestOptions(**values)
+        if options.fan_out and options.algorithm != FREEDAVE:
+            replace(options, mode="verify").resolved()  # what requests of that mode would get
+        return options.resolved()
     except ValueError as error:
         raise ValueError(f"server-wide nbdiff defaults: {error}") from None

@@ -157,8 +157,7 @@ def _unresolved(config: BlockDiffusionConfig, values: dict[str, Any]) -> Request
     base, freedave = config.defaults, config.defaults.algorithm == FREEDAVE
     if freedave and values.get("mode", "diffusion") != "diffusion":
         base = replace(base, algorithm="confidence", threshold=None)
-    to_freedave = values.get("algorithm", base.algorithm) == FREEDAVE
-    if (freedave and not to_freedave) or (to_freedave and base.mode == "verify"):
+    if (values.get("algorithm", base.algorithm) == FREEDAVE) != freedave:
         base = replace(base, draft_steps=None)  # it means something else
     if values.get("fused_commit") or (values.get("draft_steps") or 1) > 1:
         base = replace(base, fan_out=None)

@@ -107,3 +107,30 @@ def test_more_rows_never_take_less(forwards: list[tuple[int, float]]) -> None:
         cost.observe(rows, seconds)
         found = [cost.seconds(count) for count in range(0, 6000, 37)]
         assert found[0] > 0 and np.isfinite(found).all() and sorted(found) == found
+
+
+@pytest.mark.parametrize("rows", [2048, 3072, 4096, 16384])
+def test_more_rows_than_any_count(rows: int) -> None:
+    """Batches of prompts on a GPU, or many canvases."""
+    cost = seen(lambda rows: 2e-3 + 1e-5 * rows, 64, rows, turns=100)
+    for count in (64, rows, 2 * rows):
+        assert cost.seconds(count) == pytest.approx(2e-3 + 1e-5 * count, rel=0.1)
+
+
+def test_noise_at_one_count_changes_no_other() -> None:
+    """For thousands of forwards."""
+    cost, random = seen(lambda rows: 1e-2 + 1e-3 * rows, *COUNTS), np.random.default_rng(0)
+    for _ in range(20_000):
+        cost.observe(64, (1e-2 + 1e-3 * 64) * random.lognormal(0, 0.2))
+    for rows in COUNTS:
+        assert cost.seconds(rows) == pytest.approx(1e-2 + 1e-3 * rows, rel=0.35), rows
+
+
+def test_a_first_forward_that_took_a_day() -> None:
+    cost = CostModel()
+    cost.observe(64, 86_400.0)
+    for _ in range(300):
+        cost.observe(64, 1e-3)
+        cost.observe(8, 5e-4)
+        assert np.isfinite(cost.doubt(512))
+    assert cost.seconds(64) == pytest.approx(1e-3, rel=0.3)

@@ -89,18 +89,25 @@ class AutoDrafts:
         if own.any() and not self.static:
             self.chooser.room = int(schedule.scheduled[own].mean())
         if auto.any():
-            others = int(schedule.scheduled[schedule.decodes & ~auto].sum())
+            others = self._rows_of(schedule, schedule.decodes & ~auto)
             # Those whose prompts are read begin canvases with this schedule.
             fan_out = int(options.host["fan_out"][slots[auto]].max())
             width = self.chooser.choose(int(auto.sum()), others, fan_out)
             options.set_draft_length(slots[auto], int(self._agree(np.array([width]))[0]))
         fans = options.host["fan_out"][slots] > 0
         if self.sets_limits:
-            others = int(schedule.scheduled[schedule.decodes & ~self._drafting].sum())
+            others = self._rows_of(schedule, schedule.decodes & ~self._drafting)
             self._set_limits(slots, fans, others)
         limits = (options.host[name][slots] for name in ("least_chance", "least_survival"))
         told = (np.where(fans, *each) for each in zip(limits, NOTHING_MORE, strict=True))
         self._told = _Told(self._drafting, options.host["drafts"][slots], *told)
+
+    def _rows_of(self, schedule: Schedule, those: np.ndarray) -> int:
+        """Of a forward, of the requests that `those` [B] bool says: what is scheduled where shapes
+        are static, elsewhere about a canvas."""
+        if self.static:
+            return int(schedule.scheduled[those].sum())
+        return int(self.options.host["block_length"][schedule.slots[those]].sum())
 
     def _set_limits(self, slots: np.ndarray, fans: np.ndarray, other_rows: int) -> None:
         """Of the requests that draft for break points, those that `fans` [B] bool says."""
@@ -153,7 +160,8 @@ class AutoDrafts:
         if not self._drafting.any() or last is None:
             return
         if self.static:
-            self.chooser.cost.observe(self._rows, now - last)
+            if is_timed:
+                self.chooser.cost.observe(self._rows, now - last)
             return
         self.chooser.observe_ends(int(emitted.count.sum()), int(emitted.ended.sum()))
         self.chooser.observe_schedule(self._forwards, now - last if is_timed else None)

@@ -38,4 +38,6 @@ class BreakPoints:
         likely, hit = _LIKELY[place]
         texts += _DOUBT_TEXTS
         drafts, hits = drafts + _DOUBT_TEXTS * likely, hits + _DOUBT_TEXTS * hit
-        return min(drafts / texts, most), hits / texts
+        # Of fewer drafts than were made the likeliest remain.
+        share = min(most * texts / drafts, 1)
+        return share * drafts / texts, share**0.5 * hits / texts

@@ -97,6 +97,7 @@ class DraftChooser:
         self._gives = 0.0  # how often a forward that makes a draft gives a token
         self._columns = np.arange(max_width)
         self._waited, self._turn = 0, 0  # choices since one beside the best was tried, and tries
+        self._known = 0  # forwards whose cost was seen when one was tried for that
         self._tokens, self._ends = 0.0, 0.0  # of the last schedules: emitted, requests that ended
         # Seconds of a schedule outside of its forwards, and of its first one beyond its rows.
         self._between, self._first = 0.0, 0.0
@@ -225,7 +226,8 @@ class DraftChooser:
             fan_out: most break points for which a draft is made.
         """
         adapts = fan_out > 0 and width > 1 and not self.static
-        limits, found = NOTHING_MORE if adapts else ALL, []
+        limits = ALL if self.static or not fan_out else NOTHING_MORE
+        found = []
         whole = num_requests * (width - 1)
         for _ in range(_TURNS if adapts else 1):
             tokens, own = self._forward(width, limits, fan_out)
@@ -270,15 +272,11 @@ class DraftChooser:
         if self._waited >= _PROBE_EVERY * max(lost(probe), 1):
             self._waited, self._turn = 0, self._turn + 1
             return probe
-        if self._waited % 2:
-            return None
         # What forwards of so many rows cost is only guessed: one may show that they pay.
-        for width, other in found.items():
-            doubt = self.cost.doubt(other.rows)
-            if (
-                doubt > _UNSURE
-                and other.speed > (1 - doubt) * now.speed
-                and lost(width) < _MOST_LOST
-            ):
+        for width in self.widths if self.cost.num_seen > self._known else ():
+            doubt = self.cost.doubt(found[width].rows)
+            pays = found[width].speed > (1 - doubt) * now.speed
+            if width != self.width and doubt > _UNSURE and pays and lost(width) < _MOST_LOST:
+                self._known = self.cost.num_seen
                 return width
         return None

@@ -18,8 +18,8 @@ _HELD_UP = 2.0  # standard deviations: what took longer says no more than this
 _LEAST = 1e-6  # seconds of a forward
 _FREE_ROWS = 100  # before anything is known, as many rows cost what a forward does without them
 # What a line misses by a count of rows: how far one forward may be off, how many it takes to be
-# believed, and the weight of each, at least.
-_MISS, _DOUBT, _SHAPE = 1.3, 8, 0.03
+# believed, the weight of each, at least, and how much of it is forgotten.
+_MISS, _DOUBT, _SHAPE, _BACK = 1.3, 8, 0.03, 0.1
 
 
 class CostModel:
@@ -32,6 +32,8 @@ class CostModel:
     """
 
     def __init__(self) -> None:
+        self.num_seen = 0
+        """Forwards that were seen."""
         self._line = (1e-3, 1e-5)
         """Seconds of a forward, and of a row."""
         self._variance: tuple[float, float, float] | None = None
@@ -47,6 +49,7 @@ class CostModel:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a forward that was run."""
+        self.num_seen += 1
         seconds = max(seconds, _LEAST)  # a clock may stand
         if self._variance is None:
             row = seconds / (rows + _FREE_ROWS)
@@ -71,12 +74,12 @@ class CostModel:
         both += _SPEED**2 * each * row
         second += (_SPEED**2 + _CHANGE**2) * row**2
         of_each, of_row = factor * (first + both * rows), factor * (both + second * rows)
-        variance = factor * (of_each + of_row * rows) + (_NOISE * expected) ** 2
+        variance = max(factor * (of_each + of_row * rows), 0.0) + (_NOISE * expected) ** 2
         error = min(seconds - expected, _HELD_UP * sqrt(variance)) / variance
         self._variance = (
-            first - of_each**2 / variance,
+            max(first - of_each**2 / variance, 0.0),
             both - of_each * of_row / variance,
-            second - of_row**2 / variance,
+            max(second - of_row**2 / variance, 0.0),
         )
         # Neither may vanish, or even be less than nothing.
         self._line = (
@@ -87,13 +90,15 @@ class CostModel:
     def _learn_missed(self, rows: int, seconds: float) -> None:
         """By what factor the line is off next to `rows`."""
         above, share = self._place(rows)
+        share = min(share, 1)
         low, high = self._missed[above - 1 : above + 1]
         each, row = self._line
         missed = seconds / ((each + row * rows) * exp(low + (high - low) * share))
         error = log(min(max(missed, 1 / _MISS), _MISS))
         for place, weight in ((above, share), (above - 1, 1 - share)):
             near = max(1 / (_DOUBT + self._seen[place]), _SHAPE)
-            self._missed[place] += near * weight * error
+            # What the line can say it says: noise would drive the two apart.
+            self._missed[place] += near * weight * (error - _BACK * self._missed[place])
             self._seen[place] += weight
 
     @staticmethod

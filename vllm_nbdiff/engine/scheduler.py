@@ -70,7 +70,7 @@ class NBDiffScheduler(Scheduler):
         self._turns = itertools.count(1)
         self._prompt_scores: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
-        # What the worker warms up with, and loads of KV reserve; allocations ask each request.
+        # What the worker warms up with; allocations ask each request.
         self.num_lookahead_tokens = self._config.block_length
         compat.allocate_own_lookahead(
             self.kv_cache_manager, lambda request: self._canvases[request].lookahead
