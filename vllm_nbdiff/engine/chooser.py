@@ -25,7 +25,8 @@ _MEMORY = 0.98  # weight of what was known when drafts are verified, or a schedu
 _GUESS, _DOUBT = 0.9, 0.1
 _DOUBT_ROUNDS = 10  # that outweigh what rounds of a width gave in place of what was expected
 _HYSTERESIS = 1.05
-_PROBE_EVERY = 32  # choices between tries, for each forward that one loses
+# Choices between tries, at least and for each forward that one loses.
+_PROBE_EVERY, _PROBE_LOSES = 32, 64
 # A forward is tried that may take so much less of its time, and may lose so many forwards.
 _UNSURE, _MOST_LOST = 0.3, 1.0
 _TURNS = 3  # a plan says what is worth its rows, and that what the next plan is
@@ -269,7 +270,7 @@ class DraftChooser:
         beside = self.widths.index(self.width) + (1 if self._turn % 2 else -1)
         probe = self.widths[min(max(beside, 0), len(self.widths) - 1)]
         self._waited += 1
-        if self._waited >= _PROBE_EVERY * max(lost(probe), 1):
+        if self._waited >= max(_PROBE_EVERY, _PROBE_LOSES * lost(probe)):
             self._waited, self._turn = 0, self._turn + 1
             return probe
         # What forwards of so many rows cost is only guessed: one may show that they pay.
