@@ -21,7 +21,7 @@ from vllm_nbdiff.decoding.rules import CONFIDENCE, RULES, Ranked, Rule
 from vllm_nbdiff.engine_options import Allowed
 
 FREEDAVE = {"algorithm": "freedave"}
-OFFLOADING = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+OFFLOADING = KVTransferConfig("OffloadingConnector", engine_id="one", kv_role="kv_both")
 
 
 @pytest.fixture(autouse=True)
