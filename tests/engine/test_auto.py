@@ -165,6 +165,16 @@ def test_no_forward_begins_after_the_time_of_a_schedule() -> None:
         assert unbounded / chosen.expected(16, 1, 0).speed == pytest.approx(expected, rel=0.05)
 
 
+def test_a_machine_that_stood_still_is_soon_forgotten() -> None:
+    """For an hour, in the middle of a text."""
+    chosen = chooser(1e-5)
+    seconds, before = chosen.cost.seconds(16), chosen.expected(16, 1, 0).speed
+    chosen.observe_schedule([(16, seconds)], 3600.0)
+    for _ in range(35):
+        chosen.observe_schedule([(16, seconds)], seconds)
+    assert chosen.expected(16, 1, 0).speed == pytest.approx(before, rel=0.2)
+
+
 def test_the_first_forward_of_a_schedule_takes_longer() -> None:
     """What vLLM does beside it is no matter of rows, but shared by all forwards of a schedule."""
     chosen = chooser(1e-5)

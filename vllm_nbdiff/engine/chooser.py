@@ -20,6 +20,7 @@ from vllm_nbdiff.request_options import DEFAULT_DRAFT_LENGTH
 
 WIDTHS = (1, 8, 16, 32)
 _NEAR = 0.2  # weight of a schedule in host time
+_MOST_BETWEEN = 1.0  # seconds that are learned of those between two schedules
 _MEMORY = 0.98  # weight of what was known when drafts are verified, or a schedule ends
 # Chance of a column that nothing is known of, and how many tries outweigh that.
 _GUESS, _DOUBT = 0.9, 0.1
@@ -126,7 +127,8 @@ class DraftChooser:
             self._first += _NEAR * (more - self._first)
         else:
             self.cost.observe(rows, max(own - self._first, own / 4))
-        between = seconds - sum(own for _, own in forwards)
+        took = sum(own for _, own in forwards)
+        between = min(seconds - took, _MOST_BETWEEN)  # a machine may have stood still
         self._between += _NEAR * (between - self._between)
 
     def observe_ends(self, tokens: int, ended: int) -> None:
