@@ -104,7 +104,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     if given.save:
         settings = {"warm_up": WARM_UP, "measured": MEASURED}
-        save(given.save, rows, settings, module="parts")
+        save(given.save, rows, settings, module="benchmarks.parts")
 
 
 if __name__ == "__main__":
